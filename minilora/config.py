@@ -1,0 +1,190 @@
+"""The settings of an adapter and of a training run, by the names that PEFT's and transformers' users know."""
+
+import dataclasses
+import math
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+Schedule = Literal["cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What PEFT's LoraConfig says about a LoRA adapter.
+
+    Raises:
+        ValueError: a field is out of its range; all faults at once.
+    """
+
+    r: int = 8  # rank
+    lora_alpha: float = 8  # numerator of the scaling
+    lora_dropout: float = 0.0  # probability with which the adapter's input loses an element in training
+    # Module names (a path, or the end of one), a regular expression over whole paths, or "all-linear": all but lm_head.
+    target_modules: list[str] | str = "all-linear"
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)
+    use_dora: bool = False  # not supported yet: True is refused
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # path or end of path → its own r
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own lora_alpha
+
+    def __post_init__(self):
+        rules = {
+            f"r must be at least 1, not {self.r}": all(r >= 1 for r in [self.r, *self.rank_pattern.values()]),
+            f"lora_dropout must lie in [0, 1), not {self.lora_dropout}": 0 <= self.lora_dropout < 1,
+            "target_modules must name at least one module": bool(self.target_modules),
+            "use_dora is not supported yet: leave it False": not self.use_dora,
+        }
+        _raise_broken(rules)
+
+    def rank(self, path: str) -> int:
+        """The r of the module at a path."""
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def alpha(self, path: str) -> float:
+        """The lora_alpha of the module at a path."""
+        return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """The factor on B·A: alpha / r (Hu et al. 2021), or alpha / sqrt(r) (Kalajdzievski 2023, "rsLoRA")."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def _first_match(pattern: dict, path: str, default):
+    """PEFT's rule: a key is a regular expression for a path or for the end of one after a dot; the first hit counts."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a training run, by the names of transformers' TrainingArguments.
+
+    A step is one update of the weights, by gradient_accumulation_steps batches.
+
+    Raises:
+        ValueError: a field is out of its range; all faults at once.
+    """
+
+    learning_rate: float = 1e-4  # at its peak
+    lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up
+    warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
+    num_train_epochs: float = 1.0  # passes over the data
+    max_steps: int = -1  # ends the run after so many steps, whatever the epochs; -1 for no such end
+    per_device_train_batch_size: int = 8  # conversations
+    per_device_eval_batch_size: int = 8  # conversations
+    gradient_accumulation_steps: int = 1  # batches a step
+    gradient_checkpointing: bool = False  # keep each layer's input only and compute the rest again: less memory, ~4/3 of the time
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 1.0  # longer gradients are cut to this norm
+    logging_steps: int = 1  # steps between lines of the log
+    eval_steps: int = 0  # steps between evaluations; 0 for one at the end only
+    save_steps: int = 0  # steps between saved adapters; 0 for one at the end only
+    save_total_limit: int = 2  # adapters saved on the way that are kept, the latest
+    seed: int = 0  # of the order of the data and of dropout
+
+    def __post_init__(self):
+        at_least_one = (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
+            "save_total_limit",
+        )  # fmt: skip
+        rules = {
+            f"lr_scheduler_type must be one of {', '.join(get_args(Schedule))}, not {self.lr_scheduler_type!r}": (
+                self.lr_scheduler_type in get_args(Schedule)
+            ),
+            f"learning_rate must be positive, not {self.learning_rate}": 0 < self.learning_rate < math.inf,
+            f"warmup_ratio must lie in [0, 1], not {self.warmup_ratio}": 0 <= self.warmup_ratio <= 1,
+            f"num_train_epochs must be positive, not {self.num_train_epochs}": 0 < self.num_train_epochs < math.inf,
+            f"max_steps must be -1 or at least 1, not {self.max_steps}": self.max_steps == -1 or self.max_steps >= 1,
+            f"weight_decay must be at least 0, not {self.weight_decay}": self.weight_decay >= 0,
+            f"max_grad_norm must be positive, not {self.max_grad_norm}": self.max_grad_norm > 0,
+            f"eval_steps must be at least 0, not {self.eval_steps}": self.eval_steps >= 0,
+            f"save_steps must be at least 0, not {self.save_steps}": self.save_steps >= 0,
+        }
+        rules |= {f"{name} must be at least 1, not {getattr(self, name)}": getattr(self, name) >= 1 for name in at_least_one}
+        _raise_broken(rules)
+
+
+def _raise_broken(rules: dict[str, bool]) -> None:
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run of the command line: the two dictionaries of the Phi-3 cookbook's scripts, and what belongs to neither library call."""
+
+    training: TrainConfig = field(default_factory=TrainConfig)
+    peft: LoraConfig = field(default_factory=LoraConfig)
+    bf16: bool | None = None  # weights in bfloat16; None: on CUDA yes, elsewhere no
+    max_seq_length: int = 2048  # tokens that a conversation may have
+    output_dir: str | None = None
+    overwrite_output_dir: bool = False
+    without_effect: tuple[str, ...] = ()  # keys that were given, and decide nothing here
+
+
+RUN_KEYS = {"bf16": bool, "max_seq_length": int, "output_dir": str, "overwrite_output_dir": bool}
+# Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.
+DECIDED = {
+    "training": {
+        "do_eval": None, "remove_unused_columns": None, "log_level": None, "logging_strategy": ("steps",),
+        "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
+    },
+    "peft": {"bias": ("none",), "task_type": ("CAUSAL_LM",), "modules_to_save": ([], "None")},
+}  # fmt: skip
+
+
+def read_run_config(path: Path | str) -> RunConfig:
+    """Reads a TOML file with the tables [training] and [peft], which hold the cookbook's training_config and peft_config.
+
+    Raises:
+        ValueError: not TOML, an unknown table or key, a value of the wrong type or out of range; all faults at once.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be TOML: {error}") from None
+    faults, found, without_effect = [], {}, []
+    for table, values in tables.items():
+        if table not in DECIDED or not isinstance(values, dict):
+            faults.append(f"{table} is unknown: the tables are [training] and [peft]")
+            continue
+        cls = {"training": TrainConfig, "peft": LoraConfig}[table]
+        types = {f.name: f.type for f in dataclasses.fields(cls)} | (RUN_KEYS if table == "training" else {})
+        for key, value in values.items():
+            if key in DECIDED[table]:
+                allowed = DECIDED[table][key]
+                without_effect.append(f"{table}.{key}")
+                if allowed is not None and value not in allowed:
+                    faults.append(f"{table}.{key} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+            elif key not in types:
+                faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted(types.keys() | DECIDED[table].keys()))}")
+            elif not _fits(value, types[key]):
+                faults.append(f"{table}.{key} must be {getattr(types[key], '__name__', types[key])}, not {value!r}")
+            else:
+                found.setdefault(table, {})[key] = value
+    training = found.get("training", {})
+    run = {key: training.pop(key) for key in RUN_KEYS.keys() & training.keys()}
+    for table, cls, values in (("training", TrainConfig, training), ("peft", LoraConfig, found.get("peft", {}))):
+        try:
+            run[table] = cls(**values)
+        except ValueError as error:
+            faults.append(f"[{table}] {error}")
+    if faults:
+        raise ValueError(f"{path}:\n  " + "\n  ".join(faults))
+    return RunConfig(**run, without_effect=tuple(without_effect))
+
+
+def _fits(value, kind) -> bool:
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is Schedule:
+        return isinstance(value, str)
+    if kind == list[str] | str:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    if kind in (dict[str, int], dict[str, float]):
+        return isinstance(value, dict)
+    return type(value) is kind

@@ -1,0 +1,52 @@
+"""Adapters into the weights and out again: W + scaling · B A, found in float32 and rounded once to the weight's dtype."""
+
+import torch
+from torch import nn
+
+from minilora.layers import Linear
+
+
+def _layers(model: nn.Module, merged: bool) -> dict[str, Linear]:
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    if not layers:
+        raise ValueError("the model has no adapter to merge or unmerge")
+    wrong = [path for path, layer in layers.items() if layer.merged != merged]
+    if wrong:
+        state = "merged already" if not merged else "not merged"
+        raise ValueError(f"{len(wrong)} adapted layers are {state}: {', '.join(wrong)}")
+    return layers
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Adds every adapter to its layer's weight, so that the layer costs no more than a plain one.
+
+    The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory.
+
+    Raises:
+        ValueError: there is no adapter, one is merged already, or a merged weight would not be finite; then no weight has changed.
+    """
+    layers, merged = _layers(model, merged=False), {}
+    for path, layer in layers.items():
+        weight, delta = layer.weight.detach().clone(), layer.delta()
+        widths = [stop - start for start, stop in layer.slices]
+        for (start, stop), part in zip(layer.slices, delta.split(widths), strict=True):
+            weight[start:stop] = weight[start:stop].to(part.dtype) + part  # rounded once, here
+        merged[path] = weight
+    infinite = [path for path, weight in merged.items() if not weight.isfinite().all()]
+    if infinite:
+        raise ValueError(f"merged weights must be finite; NaN or infinity came out in {', '.join(infinite)}: check the adapter")
+    for path, layer in layers.items():
+        layer.base_weight, layer.weight.data, layer.merged = layer.weight.data, merged[path], True
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Restores every layer's weight as it was before merge, bit for bit.
+
+    Raises:
+        ValueError: there is no adapter, or one is not merged.
+    """
+    for layer in _layers(model, merged=True).values():
+        layer.weight.data, layer.merged = layer.base_weight, False
+        del layer.base_weight

@@ -1,0 +1,159 @@
+"""The training loop: batches, loss on the assistant's tokens, AdamW on the adapter, a log, and adapters saved on the way."""
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from minilora.adapter import save_adapter
+from minilora.config import TrainConfig
+from minilora.data import Example, collate, shuffled_batches
+from minilora.evaluation import evaluate
+from minilora.kernels.cross_entropy import IGNORE
+
+
+@dataclass
+class TrainResult:
+    """What a run did; `log` holds the lines of log.jsonl."""
+
+    steps: int
+    seconds: float  # of training, evaluations and saves left out
+    tokens: int  # that passed through the model, padding left out
+    log: list[dict] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    dataset: Sequence[Example],
+    config: TrainConfig,
+    eval_dataset: Sequence[Example] | None = None,
+    output_dir: Path | str | None = None,
+    base: str | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains whatever parameters of the model ask for gradients; the same seed on the same machine ends bitwise the same.
+
+    A step's gradient is that of the mean loss over all target tokens of its batches, however they are split.
+
+    Args:
+        model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does.
+        eval_dataset: evaluated every config.eval_steps, and at the end.
+        output_dir: takes log.jsonl, checkpoint-STEP/ every config.save_steps, and adapter/ at the end; nothing is written when None.
+        base: name of the base model, noted in the saved adapters.
+
+    Raises:
+        ValueError: there is no data, or nothing to train.
+        FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not dataset or not parameters:
+        raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
+    torch.manual_seed(config.seed)
+    total = total_steps(len(dataset), config)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
+    batches = shuffled_batches(dataset, config.per_device_train_batch_size, config.seed)
+    recorder = _Recorder(model, config, eval_dataset, output_dir and Path(output_dir), base, progress)
+    model.train()
+    with tqdm(total=total, desc="train", unit="step", disable=not progress) as bar:
+        for step in range(1, total + 1):
+            learning_rate, started = schedule.get_last_lr()[0], time.perf_counter()
+            loss, tokens = accumulate_gradients(model, list(islice(batches, config.gradient_accumulation_steps)))
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                recorder.save("adapter")
+                raise FloatingPointError(
+                    f"step {step}: loss {loss} and gradient norm {norm} must be finite; the weights are those after step {step - 1}"
+                    + (f", saved in {recorder.folder / 'adapter'}" if recorder.folder else "")
+                    + ". Lower learning_rate, or look at the data"
+                )
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            recorder.step(step, total, loss, norm, learning_rate, tokens, time.perf_counter() - started, bar)
+    model.eval()
+    recorder.save("adapter")
+    return recorder.result
+
+
+def total_steps(examples: int, config: TrainConfig) -> int:
+    """Steps of a whole run: the epochs' batches, gathered by gradient_accumulation_steps, or max_steps if that is less."""
+    batches = math.ceil(examples / config.per_device_train_batch_size) * config.num_train_epochs
+    steps = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return steps if config.max_steps == -1 else min(steps, config.max_steps)
+
+
+def rate(step: int, total: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate at a step counted from 0: a linear rise, then a cosine or linear fall to 0 at total."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    return left if config.lr_scheduler_type == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def accumulate_gradients(model: nn.Module, batches: list[list[Example]]) -> tuple[float, int]:
+    """Adds the gradient of the mean loss over all target tokens of all batches; returns that loss and the tokens passed through."""
+    device = next(model.parameters()).device
+    collated = [collate(batch) for batch in batches]
+    counts = [int((labels[:, 1:] != IGNORE).sum()) for _, labels in collated]
+    loss = 0.0
+    for (input_ids, labels), count in zip(collated, counts, strict=True):
+        share = model(input_ids.to(device), labels=labels.to(device)) * (count / sum(counts))
+        share.backward()
+        loss += share.item()
+    return loss, sum(len(example.ids) for batch in batches for example in batch)
+
+
+class _Recorder:
+    """Everything a run tells: the progress bar, log.jsonl, evaluations, and adapters on disk."""
+
+    def __init__(self, model, config: TrainConfig, eval_dataset, folder: Path | None, base, progress: bool):
+        self.model, self.config, self.eval_dataset = model, config, eval_dataset
+        self.folder, self.base, self.progress = folder, base, progress
+        self.result = TrainResult(steps=0, seconds=0.0, tokens=0)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.jsonl").write_text("")
+
+    def step(self, step, total, loss, norm, learning_rate, tokens, seconds, bar) -> None:
+        config, result = self.config, self.result
+        result.steps, result.seconds, result.tokens = step, result.seconds + seconds, result.tokens + tokens
+        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:.0f}"}, refresh=False)
+        bar.update()
+        last = step == total
+        if step % config.logging_steps == 0 or last:
+            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
+            self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)})
+        if self.eval_dataset and (last or (config.eval_steps and step % config.eval_steps == 0)):
+            found = evaluate(self.model, self.eval_dataset, config.per_device_eval_batch_size, self.progress)
+            self._log({"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity})
+        if config.save_steps and step % config.save_steps == 0 and not last:
+            self.save(f"checkpoint-{step}")
+            self._keep_latest_checkpoints()
+
+    def _log(self, line: dict) -> None:
+        self.result.log.append(line)
+        if self.folder:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def save(self, name: str) -> None:
+        if self.folder:
+            save_adapter(self.model, self.folder / name, self.base)
+
+    def _keep_latest_checkpoints(self) -> None:
+        names = [path.name for path in self.folder.iterdir()] if self.folder else []
+        steps = sorted(int(name.removeprefix("checkpoint-")) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+        for step in steps[: -self.config.save_total_limit]:
+            shutil.rmtree(self.folder / f"checkpoint-{step}")
+

@@ -1,0 +1,21 @@
+"""Phi-3 from scratch: a decoder, its weights, its tokenizer and generation. Knows nothing of LoRA."""
+
+from minilora.phi3.config import Phi3Config
+from minilora.phi3.generation import Sampling, generate, generate_batch, stream
+from minilora.phi3.model import Phi3ForCausalLM
+from minilora.phi3.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from minilora.phi3.weights import load, save
+
+__all__ = [
+    "Phi3Config",
+    "Phi3ForCausalLM",
+    "Sampling",
+    "Tokenizer",
+    "copy_tokenizer",
+    "generate",
+    "generate_batch",
+    "load",
+    "load_tokenizer",
+    "save",
+    "stream",
+]

@@ -1,0 +1,39 @@
+"""The keys and values of tokens already seen, so that generating one more costs one token's work."""
+
+import torch
+from torch import Tensor
+
+from minilora.phi3.config import Phi3Config
+
+
+class KVCache:
+    """Room for T_max rotated keys and values a layer, and the record of which of them are padding.
+
+    Args:
+        batch: number of sequences, B.
+        capacity: tokens that each may reach, T_max.
+
+    Memory: 2 · layers · B · Hkv · T_max · D elements, taken at once.
+    """
+
+    def __init__(self, config: Phi3Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.is_token = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.length = 0  # columns filled so far, padding included
+
+    def extend(self, is_token: Tensor) -> Tensor:
+        """Makes room for the next columns, is_token (B, T) saying which hold tokens; returns the record so far (B, length)."""
+        start, self.length = self.length, self.length + is_token.shape[1]
+        if self.length > self.is_token.shape[1]:
+            raise ValueError(f"the cache holds {self.is_token.shape[1]} tokens a sequence, and {self.length} were given")
+        self.is_token[:, start : self.length] = is_token
+        return self.is_token[:, : self.length]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, Hkv, T, D) in the columns just made room for; returns all so far (B, Hkv, length, D)."""
+        start = self.length - k.shape[2]
+        self.keys[layer, :, :, start : self.length] = k
+        self.values[layer, :, :, start : self.length] = v
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]

@@ -1,0 +1,172 @@
+"""What a checkpoint's config.json says about the decoder, and what this decoder cannot do, refused by name."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# Fields that this decoder computes in one way only: any other value is another model.
+FIXED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "attention_dropout": (0.0,),
+    "embd_pdrop": (0.0,),
+    "resid_pdrop": (0.0,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "pretraining_tp": (1,),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+    "layer_types": (None,),
+}
+# Fields that change nothing of what the decoder computes.
+WITHOUT_EFFECT = {
+    "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "initializer_range", "label2id",
+    "model_type", "name_or_path", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "rope_parameters", "rope_scaling", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+REFUSED_TYPES = {"phi3small": "Phi-3-small is another architecture (block-sparse attention)"}
+
+
+@dataclass(frozen=True)
+class Phi3Config:
+    """The sizes and constants of a Phi-3 decoder; field names and defaults are those of config.json.
+
+    Raises:
+        ValueError: the fields contradict one another; all contradictions at once.
+    """
+
+    vocab_size: int = 32064
+    hidden_size: int = 3072
+    intermediate_size: int = 8192  # width of gate and of up, each
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # as many as attention heads when None
+    head_dim: int | None = None  # hidden_size / num_attention_heads when None
+    max_position_embeddings: int = 4096  # tokens
+    original_max_position_embeddings: int | None = None  # tokens; differs from the above under LongRoPE only
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    partial_rotary_factor: float = 1.0  # share of head_dim that rotates
+    sliding_window: int | None = None  # keys that a query sees, itself included; all earlier ones when None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 32000
+    pad_token_id: int | None = 32000
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("Phi3Config: " + "; ".join(faults))
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    def _faults(self):
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int] + ["num_key_value_heads"]
+        sizes += [name for name in ("head_dim", "sliding_window") if getattr(self, name) is not None]
+        wrong = {name: value for name in sizes if type(value := getattr(self, name)) is not int or value < 1}
+        if wrong:  # the checks below would divide by them
+            yield from (f"{name} must be a positive integer, not {value!r}" for name, value in wrong.items())
+            return
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            yield (
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), or head_dim be given"
+            )
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
+            yield f"partial_rotary_factor ({self.partial_rotary_factor}) must leave an even share of head_dim to rotate"
+        if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
+            yield f"rms_norm_eps and rope_theta must be positive, not {self.rms_norm_eps} and {self.rope_theta}"
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for id_ in ids if isinstance(ids, list) else [ids]:
+                if id_ is not None and not 0 <= id_ < self.vocab_size:
+                    yield f"{name} {id_} must lie within the vocabulary of {self.vocab_size}"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that rotate; the rest pass through."""
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return int(head_dim * self.partial_rotary_factor)
+
+    @property
+    def qkv_sizes(self) -> dict[str, int]:
+        """Rows of the fused qkv_proj, by the name of the projection that they stack, in order."""
+        kv = self.num_key_value_heads * self.head_dim
+        return {"q_proj": self.num_attention_heads * self.head_dim, "k_proj": kv, "v_proj": kv}
+
+    @property
+    def gate_up_sizes(self) -> dict[str, int]:
+        """Rows of the fused gate_up_proj, likewise."""
+        return {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size}
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Phi3Config":
+        """Reads config.json.
+
+        Raises:
+            ValueError: not JSON, another architecture, or fields that this decoder does not know or cannot honour, each by name.
+            FileNotFoundError: there is no such file.
+        """
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} must be JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} must hold a JSON object, not a {type(raw).__name__}")
+        model_type = raw.get("model_type")
+        if model_type != "phi3":
+            why = REFUSED_TYPES.get(model_type, "this is a Phi-3 decoder")
+            raise ValueError(f'{path}: model_type must be "phi3", not {model_type!r}: {why}')
+        known = {field.name for field in dataclasses.fields(cls)}
+        rope, faults = _rope_fields(raw)
+        for name, value in raw.items():
+            if name in FIXED and value not in FIXED[name]:
+                faults.append(f"{name} must be {' or '.join(map(repr, FIXED[name]))}, not {value!r}")
+            elif not (name in known or name in FIXED or name in WITHOUT_EFFECT or name.startswith("_")):
+                faults.append(f"{name} is unknown, and may change what the model computes")
+        if faults:
+            raise ValueError(f"{path} asks for what this decoder does not do: " + "; ".join(faults))
+        try:
+            return cls(**{name: raw[name] for name in known & raw.keys()} | rope)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def write(self, path: Path | str, dtype: str) -> None:
+        """Writes config.json as transformers reads it; dtype names the weights' type, "bfloat16" say."""
+        fixed = {name: values[0] for name, values in FIXED.items() if name not in ("layer_types", "quantization_config")}
+        raw = dataclasses.asdict(self) | fixed
+        raw |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "rope_scaling": None, "torch_dtype": dtype}
+        if self.original_max_position_embeddings is None:
+            raw["original_max_position_embeddings"] = self.max_position_embeddings
+        Path(path).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _rope_fields(raw: dict) -> tuple[dict, list[str]]:
+    """Reads both spellings of the rotary settings: transformers 4's `rope_scaling`, transformers 5's `rope_parameters`."""
+    fields, faults = {}, []
+    for spelling in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(spelling) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            faults.append(f"{spelling} must be null or of type 'default', not {kind!r}: LongRoPE is not supported yet")
+            continue
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name not in rope:
+                continue
+            if raw.get(name, rope[name]) != rope[name]:
+                faults.append(f"{name} is {raw[name]} at the top and {rope[name]} in {spelling}: they must agree")
+            fields[name] = rope[name]
+    return fields, faults

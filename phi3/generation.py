@@ -1,0 +1,117 @@
+"""Answers, token by token: prefill the prompts once, then feed back each token picked, with a cache of keys and values."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from minilora.phi3.cache import KVCache
+from minilora.phi3.model import Phi3ForCausalLM
+from minilora.phi3.tokenizer import Message, Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked from the logits, and how many at most.
+
+    Raises:
+        ValueError: a field is out of its range; all faults at once.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # divides the logits; 0 takes the likeliest token (greedy)
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # keep the likeliest tokens that together reach probability p (Holtzman et al. 2020)
+    seed: int = 0  # same seed, same answers
+
+    def __post_init__(self):
+        rules = {
+            f"max_new_tokens must be at least 1, not {self.max_new_tokens}": self.max_new_tokens >= 1,
+            f"temperature must be at least 0, not {self.temperature}": self.temperature >= 0,
+            f"top_k must be at least 1, not {self.top_k}": self.top_k is None or self.top_k >= 1,
+            f"top_p must lie in (0, 1], not {self.top_p}": self.top_p is None or 0 < self.top_p <= 1,
+        }
+        faults = [rule for rule, holds in rules.items() if not holds]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One token id a row, (B,), from logits (B, V)."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p is not None:
+        probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before each one already reach
+        logits = logits.masked_fill((likelier >= sampling.top_p).scatter(-1, order, likelier >= sampling.top_p), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Phi3ForCausalLM, prompts: list[list[int]], stop_ids: frozenset[int], sampling: Sampling
+) -> Iterator[list[int | None]]:
+    """Yields, step by step, the next token id of every prompt; None for those that have stopped.
+
+    Prompts of unequal length are padded on the left and masked. A stop id is yielded, and is the last of its prompt.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or prompt and answer together pass max_position_embeddings.
+    """
+    longest = max(map(len, prompts), default=0)
+    limit = model.config.max_position_embeddings
+    if not prompts or not all(prompts):
+        raise ValueError("generation needs at least one prompt, and no empty one")
+    if longest + sampling.max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt of {longest} tokens and {sampling.max_new_tokens} new ones pass the model's limit of {limit}: "
+            "shorten the conversation or max_new_tokens"
+        )
+    device, B = model.lm_head.weight.device, len(prompts)
+    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    cache = KVCache(model.config, B, longest + sampling.max_new_tokens, model.model.embed_tokens.weight.dtype, device)
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    running = [True] * B
+    for _ in range(sampling.max_new_tokens):
+        hidden = model.model(input_ids, attention_mask, cache)[:, -1]  # (B, C): only the last token's logits are needed
+        picked = pick(model.lm_head(hidden), sampling, generator)
+        step = [id_ if run else None for id_, run in zip(picked.tolist(), running, strict=True)]
+        yield step
+        running = [id_ is not None and id_ not in stop_ids for id_ in step]
+        if not any(running):
+            return
+        input_ids, attention_mask = picked[:, None], torch.ones(B, 1, dtype=torch.long, device=device)
+
+
+def generate_batch(
+    model: Phi3ForCausalLM, tokenizer: Tokenizer, conversations: list[list[Message]], **settings
+) -> list[str]:
+    """The answers to several conversations at once; settings are the fields of Sampling."""
+    prompts = [tokenizer.encode_prompt(messages) for messages in conversations]
+    steps = list(generate_ids(model, prompts, tokenizer.stop_ids, Sampling(**settings)))
+    answers = zip(*steps, strict=True)
+    return [tokenizer.decode([id_ for id_ in answer if id_ is not None and id_ not in tokenizer.stop_ids]) for answer in answers]
+
+
+def generate(model: Phi3ForCausalLM, tokenizer: Tokenizer, messages: list[Message], **settings) -> str:
+    """The answer to one conversation, [{"role": "user", "content": …}, …]; settings are the fields of Sampling."""
+    return generate_batch(model, tokenizer, [messages], **settings)[0]
+
+
+def stream(model: Phi3ForCausalLM, tokenizer: Tokenizer, messages: list[Message], **settings) -> Iterator[str]:
+    """The same answer in pieces of text as they come; a character of several tokens comes whole."""
+    pieces = DecodeStream(skip_special_tokens=True)
+    prompts = [tokenizer.encode_prompt(messages)]
+    for (id_,) in generate_ids(model, prompts, tokenizer.stop_ids, Sampling(**settings)):
+        if id_ in tokenizer.stop_ids:
+            return
+        piece = pieces.step(tokenizer.file, id_)
+        if piece:
+            yield piece

@@ -1,0 +1,176 @@
+"""The Phi-3 decoder: embedding, N × (attention, SwiGLU) with RMSNorm before each, and the vocabulary head.
+
+Letters: B sequences, T tokens, C hidden size, H query heads, Hkv key and value heads, D head size, I MLP width, V vocabulary.
+Module and parameter names are those of the published checkpoints. Source: Abdin et al. 2024, "Phi-3 Technical Report", §2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minilora.kernels.cross_entropy import IGNORE, head_cross_entropy
+from minilora.phi3.cache import KVCache
+from minilora.phi3.config import Phi3Config
+from minilora.phi3.rotary import rotary_tables, rotate
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer without bias whose rows stack several projections: `packed` maps each one's name to its rows, in order."""
+
+    def __init__(self, in_features: int, packed: dict[str, int]):
+        super().__init__(in_features, sum(packed.values()), bias=False)
+        self.packed = packed
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε), found in float32 and rounded to x's dtype, times a weight. Source: Zhang & Sennrich 2019, eq. 4."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention: H / Hkv query heads share a key and value head. Source: Ainslie et al. 2023."""
+
+    def __init__(self, config: Phi3Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.sizes = layer, config.head_dim, list(config.qkv_sizes.values())
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.qkv_proj = PackedLinear(config.hidden_size, config.qkv_sizes)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (u.view(B, T, -1, self.head_dim).transpose(1, 2) for u in self.qkv_proj(x).split(self.sizes, dim=-1))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, D), (B, Hkv, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, Hkv, all so far, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(up(x) ⊙ silu(gate(x))). Source: Shazeer 2020, "GLU Variants", eq. 6."""
+
+    def __init__(self, config: Phi3Config):
+        super().__init__()
+        self.gate_up_proj = PackedLinear(config.hidden_size, config.gate_up_sizes)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, I) each
+        return self.down_proj(up * F.silu(gate))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Phi3Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Phi3Model(nn.Module):
+    """The decoder without its head: token ids to hidden states."""
+
+    def __init__(self, config: Phi3Config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # when training: keep each layer's input only, and compute the rest again in backward
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Args and errors as in Phi3ForCausalLM.forward; returns (B, T, C)."""
+        if cache is not None:
+            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            is_token = cache.extend(is_token.bool())
+            attention_mask = None if is_token.all() else is_token  # (B, all so far)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        positions, mask = self._positions_and_mask(input_ids, attention_mask, cache)
+        rotary = rotary_tables(self.config, positions, x.dtype)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, cache)
+        return self.norm(x)
+
+    def _positions_and_mask(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None):
+        """Positions (B or 1, T) that count tokens, not padding, and the mask (B or 1, 1, T, keys); None for plain causal."""
+        T, device = input_ids.shape[1], input_ids.device
+        keys = T if cache is None else cache.length
+        column = torch.arange(keys, device=device)
+        query = column[keys - T :]
+        window = self.config.sliding_window
+        if attention_mask is None:
+            positions = query[None]
+        else:
+            positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, keys - T :]
+        if attention_mask is None and T in (1, keys) and (window is None or keys <= window):
+            return positions, None  # one new token sees all; a whole sequence is SDPA's own causal case
+        distance = query[:, None] - column  # (T, keys)
+        mask = (distance >= 0) & (distance < (window or keys))
+        if attention_mask is not None:
+            # A padded query sees itself, so that its softmax, which nobody reads, is not over nothing.
+            mask = (mask & attention_mask.bool()[:, None]) | (distance == 0)  # (B, T, keys)
+        return positions, mask.view(-1, 1, T, keys)
+
+
+class Phi3ForCausalLM(nn.Module):
+    """The decoder with its vocabulary head, which is the embedding itself when config.tie_word_embeddings."""
+
+    def __init__(self, config: Phi3Config):
+        super().__init__()
+        self.config = config
+        self.model = Phi3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes head and embedding one parameter where the config says that they are."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position; or, given labels, the mean loss, without ever holding full logits.
+
+        Args:
+            input_ids: (B, T) int64.
+            labels: (B, T) int64: labels[:, t] is what input_ids[:, t] should have been foretold as; −100 asks for no loss.
+            attention_mask: (B, T), 1 for tokens, 0 for padding (on the left when generating); all tokens when None.
+            cache: keys and values of earlier calls; these T tokens follow them and are added.
+
+        Returns:
+            (B, T, V) in the weights' dtype, or a float32 scalar.
+
+        Raises:
+            ValueError: no label asks for a loss, or the cache is full.
+        """
+        x = self.model(input_ids, attention_mask, cache)  # (B, T, C)
+        if labels is None:
+            return self.lm_head(x)
+        ahead = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): the token after each
+        return head_cross_entropy(self.lm_head, x.flatten(0, 1), ahead.flatten())

@@ -1,0 +1,165 @@
+"""Text to token ids and back, and conversations to token ids by the checkpoint's own chat template."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as TokenizerFile
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer.json with its chat template. Nothing is added to a text on its own: no BOS, no EOS; the template has them."""
+
+    file: TokenizerFile
+    template: str  # Jinja
+    special: dict[str, str]  # "bos_token", "eos_token", … to their texts, as the template may ask for them
+    stop_ids: frozenset[int]  # ids that end an answer
+
+    def encode(self, text: str) -> list[int]:
+        return self.file.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens left out."""
+        return self.file.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """Texts that become one special token wherever they stand."""
+        return frozenset(token.content for token in self.file.get_added_tokens_decoder().values() if token.special)
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        # The template comes with a downloaded checkpoint: it runs in Jinja's sandbox. Trimming as transformers does.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = _raise_template_error
+        return environment.from_string(self.template)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the template writes it; add_generation_prompt ends with the opening of an answer.
+
+        Raises:
+            ValueError: the template refuses these messages or cannot be rendered.
+        """
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template cannot render this conversation: {error}") from None
+
+    def encode_prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of the conversation and of the opening of the answer to it."""
+        return self.encode(self.render(messages, add_generation_prompt=True))
+
+    def encode_chat(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and which of them the assistant is to learn: its turns with their end token.
+
+        Found from the ids of whole turns: what the prompt of a turn does not hold, up to the token that ends the turn.
+
+        Returns:
+            ids and mask, of one length.
+
+        Raises:
+            ValueError: a text spells a special token, a turn has no end, or the template writes a turn otherwise once it is past.
+        """
+        for message in messages:
+            spelled = sorted(text for text in self.special_texts if text in message["content"])
+            if spelled:
+                raise ValueError(f"a {message['role']} text spells the special token {spelled[0]}: remove it from the text")
+        ids = self.encode(self.render(messages))
+        mask = [False] * len(ids)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.encode_prompt(messages[:turn])
+            if ids[: len(prompt)] != prompt:
+                raise ValueError(f"the chat template writes what precedes turn {turn + 1} otherwise once the turn is there")
+            end = next((i for i in range(len(prompt), len(ids)) if ids[i] in self.stop_ids), None)
+            if end is None:
+                raise ValueError(f"the chat template ends turn {turn + 1} with none of the stop tokens {sorted(self.stop_ids)}")
+            mask[len(prompt) : end + 1] = [True] * (end + 1 - len(prompt))
+        return ids, mask
+
+
+def _raise_template_error(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a checkpoint folder.
+
+    The template is chat_template.jinja where there is one, else `chat_template` of tokenizer_config.json. Answers stop at any
+    `eos_token_id` of generation_config.json, else of config.json, and at the tokenizer's own eos_token.
+
+    Raises:
+        FileNotFoundError: tokenizer.json or tokenizer_config.json is missing.
+        ValueError: a file cannot be read, there is no chat template, or no token that ends an answer.
+    """
+    folder = Path(path)
+    try:
+        file = TokenizerFile.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} must hold tokenizer.json") from None
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
+    settings = _read_json(folder / "tokenizer_config.json")
+    special = {name: _text(value) for name, value in settings.items() if name.endswith("_token") and value is not None}
+    stop_ids = _stop_ids(folder)
+    if "eos_token" in special:
+        stop_ids |= {file.token_to_id(special["eos_token"])}
+    stop_ids.discard(None)
+    if not stop_ids:
+        raise ValueError(f"{folder} names no token that ends an answer: give eos_token in tokenizer_config.json")
+    return Tokenizer(file, _template(folder, settings), special, frozenset(stop_ids))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} must hold {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+
+
+def _text(token: str | dict) -> str:
+    """tokenizer_config.json writes a special token as its text, or as an object that holds it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _stop_ids(folder: Path) -> set[int | None]:
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            ids = _read_json(folder / name).get("eos_token_id")
+            if ids is not None:
+                return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
+def _template(folder: Path, settings: dict) -> str:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if not template:
+        raise ValueError(f"{folder} has no chat template: give chat_template.jinja, or chat_template in tokenizer_config.json")
+    return template
+
+
+def copy_tokenizer(source: Path | str, target: Path | str) -> None:
+    """Copies the files of a checkpoint that load_tokenizer and transformers read beside the weights."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(target) / name)

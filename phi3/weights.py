@@ -1,0 +1,131 @@
+"""Weights in and out of safetensors files, in the layout of the published checkpoints; nothing is ever unpickled."""
+
+import json
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from minilora.phi3.config import Phi3Config
+from minilora.phi3.model import Phi3ForCausalLM
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATING = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
+
+
+def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Phi3ForCausalLM:
+    """Builds the decoder that config.json describes and streams its weights into place, in eval mode.
+
+    Files are memory-mapped; peak memory is the model plus one tensor.
+
+    Args:
+        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json.
+        dtype: of the loaded weights; each tensor's own when None.
+        device: where they go.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its weights are missing.
+        ValueError: config or weights do not fit; every missing, extra, misshapen or mistyped tensor is named.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} must be a folder that holds config.json and safetensors weights")
+    config = Phi3Config.read(folder / "config.json")
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(_open(file)) for file in _weight_files(folder)}
+        home = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118 (safe_open is no dict)
+        _check(model, files, home, folder)
+        for name in [name for name, _ in model.named_parameters()]:
+            stored = files[home[name]].get_tensor(name)
+            weight = torch.empty(stored.shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
+    model.tie_weights()
+    return model.eval()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Shard names come from an untrusted file: they must stay inside the folder."""
+    index = folder / INDEX
+    if not index.exists():
+        if (folder / SINGLE).exists():
+            return [folder / SINGLE]
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{folder} holds pickled weights only ({', '.join(pickles)}): unpickling runs code from the file, so it is "
+                "never done here. Convert them to safetensors, or get the checkpoint's safetensors files"
+            )
+        raise FileNotFoundError(f"{folder} must hold {SINGLE}, or {INDEX} with its shards")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{index} must be JSON with a "weight_map" of tensor names to file names: {error!r}') from None
+    faults = []
+    for name in names:
+        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
+            faults.append(f"{name!r} is not the plain name of a safetensors file in that folder")
+        elif not (folder / name).is_file():
+            faults.append(f"{name!r} does not exist")
+    if faults:
+        raise ValueError(f"{index} names shards that cannot be read: " + "; ".join(faults))
+    return [folder / name for name in names]
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}): download or copy it again") from None
+
+
+def _check(model: Phi3ForCausalLM, files: dict, home: dict[str, Path], folder: Path) -> None:
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    faults = [f"{name} is missing" for name in expected if name not in home]
+    faults += [f"{name} in {home[name].name} is not part of this model" for name in sorted(home.keys() - expected.keys())]
+    for name in expected.keys() & home.keys():
+        stored = files[home[name]].get_slice(name)
+        if stored.get_shape() != expected[name]:
+            faults.append(f"{name} must have shape {expected[name]}, not {stored.get_shape()}")
+        if stored.get_dtype() not in FLOATING:
+            faults.append(f"{name} must be one of {', '.join(sorted(FLOATING))}, not {stored.get_dtype()}")
+    if faults:
+        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
+
+
+def save(model: Phi3ForCausalLM, path: Path | str) -> None:
+    """Writes config.json and model.safetensors as a new folder that transformers, vLLM and llama.cpp load.
+
+    The folder appears whole or not at all: it is written beside under a temporary name and renamed.
+
+    Raises:
+        FileExistsError: the folder is there and not empty.
+        ValueError: adapters are not merged: they would be lost.
+    """
+    folder = Path(path)
+    unmerged = [name for name, module in model.named_modules() if getattr(module, "merged", True) is False]
+    if unmerged:
+        raise ValueError(f"merge the adapters first, or they would be lost: {', '.join(unmerged)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} must be new or empty: it holds files that would be mixed with the model's")
+    with torch.device("meta"):
+        names = [name for name, _ in Phi3ForCausalLM(model.config).named_parameters()]
+    state = model.state_dict()
+    tensors = {name: state[name].contiguous() for name in names}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".", ignore_cleanup_errors=True) as beside:
+        new = Path(beside) / folder.name
+        new.mkdir()
+        model.config.write(new / "config.json", dtype=str(tensors[names[0]].dtype).removeprefix("torch."))
+        try:
+            save_file(tensors, new / SINGLE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written ({error}); nothing was left behind") from None
+        os.replace(new, folder)

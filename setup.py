@@ -1,0 +1,26 @@
+"""Installs the three top-level folders under the one import name `minilora`, so that none clashes with another distribution."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curve
+
+setup(
+    name="minilora",
+    version="0.1.0",
+    description="LoRA fine-tuning of the Phi-3 family from scratch in plain PyTorch",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["minilora", "minilora.kernels", "minilora.phi3"],
+    package_dir={"minilora": "minilora", "minilora.kernels": "kernels", "minilora.phi3": "phi3"},
+    # What is imported besides comes along with these: jinja2 with torch, tqdm with tokenizers (tests/test_imports.py holds it so).
+    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "safetensors>=0.5", "tokenizers>=0.21", "numpy"],
+    extras_require={
+        "demo": DEMO,
+        "test": [*DEMO, "pytest", "hypothesis", "ruff", "transformers", "peft", "loralib", "glassllm"],
+    },
+    entry_points={"console_scripts": ["minilora = minilora.cli:main"]},
+)
