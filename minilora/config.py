@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -114,7 +115,7 @@ def _raise_broken(rules: dict[str, bool]) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run of the command line: the two dictionaries of the Phi-3 cookbook's scripts, and what belongs to neither library call."""
+    """A run of the command line: the Phi-3 cookbook's two dictionaries, and what belongs to neither library call."""
 
     training: TrainConfig = field(default_factory=TrainConfig)
     peft: LoraConfig = field(default_factory=LoraConfig)
@@ -136,17 +137,20 @@ DECIDED = {
 }  # fmt: skip
 
 
-def read_run_config(path: Path | str) -> RunConfig:
+def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a TOML file with the tables [training] and [peft], which hold the cookbook's training_config and peft_config.
+
+    Args:
+        path: the file; everything at its default when None.
+        overrides: lines of TOML such as "training.max_steps = 8", which go over what the file says.
 
     Raises:
         ValueError: not TOML, an unknown table or key, a value of the wrong type or out of range; all faults at once.
         FileNotFoundError: there is no such file.
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be TOML: {error}") from None
+    tables = _tables(path, Path(path).read_text(encoding="utf-8")) if path else {}
+    for table, values in _tables("--set", "\n".join(overrides)).items():
+        tables[table] = tables.get(table, {}) | values if isinstance(values, dict) else values
     faults, found, without_effect = [], {}, []
     for table, values in tables.items():
         if table not in DECIDED or not isinstance(values, dict):
@@ -174,8 +178,15 @@ def read_run_config(path: Path | str) -> RunConfig:
         except ValueError as error:
             faults.append(f"[{table}] {error}")
     if faults:
-        raise ValueError(f"{path}:\n  " + "\n  ".join(faults))
+        raise ValueError(f"{path or 'the settings'}:\n  " + "\n  ".join(faults))
     return RunConfig(**run, without_effect=tuple(without_effect))
+
+
+def _tables(source: Path | str, text: str) -> dict:
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} must be TOML: {error}") from None
 
 
 def _fits(value, kind) -> bool:

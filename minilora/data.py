@@ -45,8 +45,8 @@ def read_conversations(path: Path | str) -> list[Conversation]:
     """Reads a JSON Lines file of conversations in any of three shapes; empty lines are skipped.
 
         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-        {"instruction": "…", "input": "…", "output": "…"}                                              (Alpaca; input may be absent)
-        {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}            (ShareGPT)
+        {"instruction": "…", "input": "…", "output": "…"}                                     (Alpaca; input may be absent)
+        {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}   (ShareGPT)
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,7 +86,9 @@ def _messages(record: object) -> list[Message]:
             question += "\n\n" + _field(record, "input")
         turns = [("user", question), ("assistant", _field(record, "output"))]
     else:
-        raise ValueError(f'must have "messages", "conversations" or "instruction", and has {", ".join(map(repr, record)) or "no key"}')
+        raise ValueError(
+            f'must have "messages", "conversations" or "instruction", and has {", ".join(map(repr, record)) or "no key"}'
+        )
     faults = []
     for number, (role, text) in enumerate(turns, start=1):
         if role not in ROLES:
@@ -167,7 +169,7 @@ def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
 
 def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end: every example once an epoch, in an order that seed and epoch decide; an epoch's last may be smaller."""
+    """Batches without end: every example once an epoch, shuffled by seed and epoch; an epoch's last batch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()

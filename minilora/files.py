@@ -21,7 +21,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which then takes the place of `path`; a failure on the way leaves the earlier one untouched."""
+    """Gives an empty folder to fill, which then takes the place of `path`; a failure on the way leaves the earlier one there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as beside:
         new, old = Path(beside, "new"), Path(beside, "old")

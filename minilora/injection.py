@@ -27,7 +27,12 @@ class Target:
 
     def layer(self, config: LoraConfig, dtype: torch.dtype | None) -> Linear:
         """The same layer with its adapter, around the same weight; dtype None for the weight's own."""
-        settings = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": config.lora_dropout, "use_rslora": config.use_rslora}
+        settings = {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+        }
         dtype = dtype or self.module.weight.dtype
         if not self.enabled:
             return Linear.around(self.module, dtype, **settings)
@@ -88,7 +93,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
             paths = [prefix + name for name in enabled] or [path]
             settings = {(config.rank(path), config.alpha(path)) for path in paths}
             if len(settings) > 1:
-                faults.append(f"the slices {', '.join(enabled)} of {path} must share one r and lora_alpha, not {sorted(settings)}")
+                faults.append(
+                    f"the slices {', '.join(enabled)} of {path} must share one r and lora_alpha, not {sorted(settings)}"
+                )
             targets.append(Target(path, module, enabled, *settings.pop()))
     unmatched = {wanted} - hit if isinstance(wanted, str) else set(wanted) - hit
     if unmatched:

@@ -19,6 +19,7 @@ from minilora.config import TrainConfig
 from minilora.data import Example, collate, shuffled_batches
 from minilora.evaluation import evaluate
 from minilora.kernels.cross_entropy import IGNORE
+from minilora.layers import Linear
 
 
 @dataclass
@@ -47,16 +48,19 @@ def train(
     Args:
         model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does.
         eval_dataset: evaluated every config.eval_steps, and at the end.
-        output_dir: takes log.jsonl, checkpoint-STEP/ every config.save_steps, and adapter/ at the end; nothing is written when None.
+        output_dir: takes log.jsonl, checkpoint-STEP/ every config.save_steps, and adapter/ at the end; None writes nothing.
         base: name of the base model, noted in the saved adapters.
 
     Raises:
-        ValueError: there is no data, or nothing to train.
+        ValueError: there is no data, nothing to train, no adapter to save, or no activation checkpointing to turn on.
         FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not dataset or not parameters:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
+    if output_dir and not any(isinstance(module, Linear) for module in model.modules()):
+        raise ValueError("output_dir takes adapters, and the model has none: inject one first")
+    _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
     total = total_steps(len(dataset), config)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -72,7 +76,7 @@ def train(
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 recorder.save("adapter")
                 raise FloatingPointError(
-                    f"step {step}: loss {loss} and gradient norm {norm} must be finite; the weights are those after step {step - 1}"
+                    f"step {step}: loss {loss} and gradient norm {norm} must be finite; the weights stay those of step {step - 1}"
                     + (f", saved in {recorder.folder / 'adapter'}" if recorder.folder else "")
                     + ". Lower learning_rate, or look at the data"
                 )
@@ -83,6 +87,14 @@ def train(
     model.eval()
     recorder.save("adapter")
     return recorder.result
+
+
+def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
+    able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if wanted and not able:
+        raise ValueError("gradient_checkpointing needs a model with a module that has that attribute, and this one has none")
+    for module in able:
+        module.gradient_checkpointing = wanted
 
 
 def total_steps(examples: int, config: TrainConfig) -> int:
@@ -102,7 +114,7 @@ def rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def accumulate_gradients(model: nn.Module, batches: list[list[Example]]) -> tuple[float, int]:
-    """Adds the gradient of the mean loss over all target tokens of all batches; returns that loss and the tokens passed through."""
+    """Adds the gradient of the mean loss over all target tokens of all batches; returns that loss and all tokens seen."""
     device = next(model.parameters()).device
     collated = [collate(batch) for batch in batches]
     counts = [int((labels[:, 1:] != IGNORE).sum()) for _, labels in collated]
@@ -156,4 +168,3 @@ class _Recorder:
         steps = sorted(int(name.removeprefix("checkpoint-")) for name in names if re.fullmatch(r"checkpoint-\d+", name))
         for step in steps[: -self.config.save_total_limit]:
             shutil.rmtree(self.folder / f"checkpoint-{step}")
-

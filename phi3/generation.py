@@ -90,9 +90,7 @@ def generate_ids(
         input_ids, attention_mask = picked[:, None], torch.ones(B, 1, dtype=torch.long, device=device)
 
 
-def generate_batch(
-    model: Phi3ForCausalLM, tokenizer: Tokenizer, conversations: list[list[Message]], **settings
-) -> list[str]:
+def generate_batch(model: Phi3ForCausalLM, tokenizer: Tokenizer, conversations: list[list[Message]], **settings) -> list[str]:
     """The answers to several conversations at once; settings are the fields of Sampling."""
     prompts = [tokenizer.encode_prompt(messages) for messages in conversations]
     steps = list(generate_ids(model, prompts, tokenizer.stop_ids, Sampling(**settings)))

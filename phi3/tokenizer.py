@@ -53,7 +53,9 @@ class Tokenizer:
             ValueError: the template refuses these messages or cannot be rendered.
         """
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special)
+            return self._compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special
+            )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template cannot render this conversation: {error}") from None
 

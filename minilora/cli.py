@@ -1,0 +1,150 @@
+"""The command line: what can be typed, and how a fault ends it (one message, exit code 2)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
+
+  minilora demo                          see it work on real weights, in minutes, on any machine
+  minilora train --model DIR --data chat.jsonl --output out
+  minilora generate --model DIR --adapter out/adapter --prompt "Hello"
+"""
+
+DATA_HELP = """\
+DATA is JSON Lines, one conversation a line, in any of these shapes:
+  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+  {"instruction": "...", "input": "...", "output": "..."}
+  {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+The loss is on the assistant's turns only, their end tokens included.
+"""
+
+TRAIN_HELP = """Fine-tunes a LoRA adapter on conversations.
+
+Settings come from a TOML file whose two tables hold the keys of the Phi-3 cookbook's two dictionaries, and from --set:
+
+  [training]                             [peft]
+  learning_rate = 1e-4                   r = 16
+  num_train_epochs = 1                   lora_alpha = 32
+  per_device_train_batch_size = 8        lora_dropout = 0.05
+  gradient_accumulation_steps = 1        target_modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+  lr_scheduler_type = "cosine"
+  warmup_ratio = 0.1                     also q_proj, k_proj, v_proj, gate_proj, up_proj: slices of the fused layers
+  max_seq_length = 2048
+  bf16 = true
+"""
+
+TRAIN_EPILOG = (
+    DATA_HELP
+    + """
+Example:
+  minilora train --model Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16 --set training.max_steps=100
+
+OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM load it), log.jsonl, and checkpoint-STEP/ every save_steps.
+"""
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("minilora", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, description: str = "", epilog: str = "") -> argparse.ArgumentParser:
+        formatter = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=summary, description=description or summary, epilog=epilog, formatter_class=formatter
+        )
+
+    demo = command("demo", "fine-tune a small real chat model, before and after, in minutes")
+    demo.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where everything is written (%(default)s)"
+    )
+    demo.add_argument(
+        "--model", type=Path, metavar="DIR", help="a Phi-3 checkpoint of your own instead of the embedded SmolLM2 weights"
+    )
+    demo.add_argument("--max-steps", type=int, metavar="N", help="train for fewer steps than the whole data takes")
+
+    train = command("train", "fine-tune an adapter on conversations", TRAIN_HELP, TRAIN_EPILOG)
+    _model(train)
+    train.add_argument("--data", type=Path, required=True, metavar="FILE", help="conversations to train on")
+    train.add_argument("--eval-data", type=Path, metavar="FILE", help="conversations to evaluate on")
+    train.add_argument("--output", type=Path, metavar="DIR", help="where adapter and log go (training.output_dir)")
+    train.add_argument(
+        "--adapter-dtype", choices=["float32", "model"], default="float32", help="dtype of the adapter (%(default)s)"
+    )
+    train.add_argument("--drop-long", action="store_true", help="leave out conversations over max_seq_length instead of stopping")
+    _settings(train)
+
+    evaluate = command(
+        "eval", "loss and perplexity on conversations", "Evaluates a model, or a model with its adapter.", DATA_HELP
+    )
+    _model(evaluate, adapter=True)
+    evaluate.add_argument("--data", type=Path, required=True, metavar="FILE", help="conversations to evaluate on")
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="conversations at once (%(default)s)")
+    evaluate.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="tokens a conversation may have (%(default)s)"
+    )
+    evaluate.add_argument("--drop-long", action="store_true", help="leave out longer conversations instead of stopping")
+
+    generate = command("generate", "answer one prompt, or chat in the terminal")
+    _model(generate, adapter=True)
+    generate.add_argument("--prompt", metavar="TEXT", help="a single question; without it, a chat (end it with Ctrl-D)")
+    generate.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer at most (%(default)s)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    generate.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach probability P")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+
+    merge = command("merge", "add an adapter to its base model, and save the result as a plain checkpoint in the base's dtype")
+    _checkpoint(merge)
+    merge.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
+
+    info = command("info", "what is in a checkpoint or an adapter, and what a LoRA config would train in it")
+    info.add_argument("path", type=Path, metavar="DIR", help="a checkpoint or an adapter")
+    _settings(info)
+    return parser
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="a Phi-3 checkpoint: config.json, safetensors, tokenizer"
+    )
+
+
+def _model(parser: argparse.ArgumentParser, adapter: bool = False) -> None:
+    _checkpoint(parser)
+    if adapter:
+        parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to load into it")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes CUDA where there is one (%(default)s)")
+    dtypes = ["auto", "float32", "bfloat16"]
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="of the weights; auto: bfloat16 on CUDA, else float32 (%(default)s)"
+    )
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with the tables [training] and [peft]")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting over the file's, peft.r=16 say"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    import torch  # after parsing, so that --help and a mistyped option answer at once
+
+    from minilora import commands
+
+    try:
+        getattr(commands, args.command)(args)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"minilora {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nminilora {args.command}: stopped", file=sys.stderr)
+        return 130
+    return 0
