@@ -72,7 +72,7 @@ class TrainConfig:
     lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up
     warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
     num_train_epochs: float = 1.0  # passes over the data
-    max_steps: int = -1  # ends the run after so many steps, whatever the epochs; -1 for no such end
+    max_steps: int = -1  # takes so many steps, whatever the epochs; -1 leaves it to the epochs
     per_device_train_batch_size: int = 8  # conversations
     per_device_eval_batch_size: int = 8  # conversations
     gradient_accumulation_steps: int = 1  # batches a step
@@ -142,15 +142,16 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
 
     Args:
         path: the file; everything at its default when None.
-        overrides: lines of TOML such as "training.max_steps = 8", which go over what the file says.
+        overrides: TOML such as "training.max_steps = 8", each over the file and over those before it.
 
     Raises:
         ValueError: not TOML, an unknown table or key, a value of the wrong type or out of range; all faults at once.
         FileNotFoundError: there is no such file.
     """
     tables = _tables(path, Path(path).read_text(encoding="utf-8")) if path else {}
-    for table, values in _tables("--set", "\n".join(overrides)).items():
-        tables[table] = tables.get(table, {}) | values if isinstance(values, dict) else values
+    for override in overrides:
+        for table, values in _tables(f"--set {override}", override).items():
+            tables[table] = tables.get(table, {}) | values if isinstance(values, dict) else values
     faults, found, without_effect = [], {}, []
     for table, values in tables.items():
         if table not in DECIDED or not isinstance(values, dict):

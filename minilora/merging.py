@@ -24,7 +24,7 @@ def merge(model: nn.Module) -> None:
     The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory.
 
     Raises:
-        ValueError: there is no adapter, one is merged already, or a merged weight would not be finite; no weight has changed then.
+        ValueError: there is no adapter, one is merged already, or a merged weight would not be finite; nothing changes then.
     """
     layers, merged = _layers(model, merged=False), {}
     for path, layer in layers.items():

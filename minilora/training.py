@@ -98,10 +98,11 @@ def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
 
 
 def total_steps(examples: int, config: TrainConfig) -> int:
-    """Steps of a whole run: the epochs' batches, gathered by gradient_accumulation_steps, or max_steps if that is less."""
+    """Steps of a whole run: max_steps, or else the epochs' batches gathered by gradient_accumulation_steps."""
+    if config.max_steps != -1:
+        return config.max_steps
     batches = math.ceil(examples / config.per_device_train_batch_size) * config.num_train_epochs
-    steps = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    return steps if config.max_steps == -1 else min(steps, config.max_steps)
+    return math.ceil(batches / config.gradient_accumulation_steps)
 
 
 def rate(step: int, total: int, config: TrainConfig) -> float:

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, with their committed results; what is true or false is in tests."""

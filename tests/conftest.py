@@ -1,0 +1,39 @@
+"""Fixtures that several tests share. Whatever a fixture of session scope hands out is read only."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+from helpers import tiny_config, tiny_model, write_tokenizer
+
+from minilora import phi3
+
+# The same examples every run, so that a red test is red for everybody.
+hypothesis.settings.register_profile("minilora", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("minilora")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of test data beside the repository."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the test data is not there: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Path:
+    """A folder with tokenizer.json and tokenizer_config.json: bytes, ChatML's special tokens and its template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A checkpoint folder: a random Phi-3 (hidden 32, 2 layers, grouped-query) in float32 and the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    phi3.save(tiny_model(tiny_config()), folder)
+    phi3.copy_tokenizer(tiny_tokenizer, folder)
+    return folder

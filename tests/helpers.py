@@ -1,0 +1,90 @@
+"""Measures and makers that several tests share."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as TokenizerFile
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minilora.phi3 import Phi3Config, Phi3ForCausalLM
+
+SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}  # after the 256 bytes
+VOCABULARY = 260  # of the tiny model: one id more than the tiny tokenizer has, as published checkpoints round theirs up
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def rms_error(actual: Tensor, reference: Tensor) -> float:
+    """RMS(actual − reference) / RMS(reference): 1 for zeros, whatever the scale of the reference; 0 where both are zero."""
+    assert actual.shape == reference.shape, f"{tuple(actual.shape)} is compared with {tuple(reference.shape)}"
+    actual, reference = actual.detach().double(), reference.detach().double()
+    error = torch.linalg.vector_norm(actual - reference)
+    return float(error / torch.linalg.vector_norm(reference)) if error else 0.0
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of all matrix products run under it, those of backward included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm"):
+            a, b = args[-2:]  # (…, m, k), (…, k, n)
+            self.count += a.numel() * b.shape[-1]
+        return function(*args, **kwargs or {})
+
+
+def tiny_config(**fields) -> Phi3Config:
+    """Sizes that a test can afford, with two query heads to a key head; fields replace them."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL["<|im_end|>"],
+        "pad_token_id": SPECIAL["<|endoftext|>"],
+    }
+    return Phi3Config(**sizes | fields)
+
+
+def tiny_model(config: Phi3Config, seed: int = 0) -> Phi3ForCausalLM:
+    """A random decoder in float32, in eval mode; norm weights are random too, so that a forgotten one shows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Phi3ForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                torch.nn.init.normal_(parameter, 1.0, 0.2)
+    return model
+
+
+def write_tokenizer(folder: Path, template: str = CHATML, **settings) -> None:
+    """Writes a byte-level tokenizer without merges (a token a byte) with ChatML's tokens; settings go to its config."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    file = TokenizerFile(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    file.decoder = decoders.ByteLevel()
+    file.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    assert {text: file.token_to_id(text) for text in SPECIAL} == SPECIAL
+    folder.mkdir(parents=True, exist_ok=True)
+    file.save(str(folder / "tokenizer.json"))
+    raw = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+    } | settings
+    raw = {name: value for name, value in raw.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(raw), encoding="utf-8")

@@ -1,0 +1,115 @@
+"""The one-way flow of the house, what it may depend on, and what importing it costs."""
+
+import ast
+import contextlib
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"minilora": ROOT / "minilora", "minilora.kernels": ROOT / "kernels", "minilora.phi3": ROOT / "phi3"}
+MEETING_ROOMS = {"commands.py", "demo.py", "demo_weights.py"}  # where the LoRA library and phi3 meet
+EXTRAS = {"gguf", "matplotlib"}  # of the demo
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, wherever in it; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively: spell the name out"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].glob("*.py"))
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "minilora"}
+
+
+@pytest.mark.parametrize("file", sources("minilora.kernels"), ids=lambda file: file.name)
+def test_kernels_import_nothing_of_ours_but_one_another(file):
+    assert all(name.startswith("minilora.kernels.") for name in ours(imports(file)))
+
+
+@pytest.mark.parametrize("file", sources("minilora.phi3"), ids=lambda file: file.name)
+def test_phi3_imports_kernels_and_never_the_lora_library(file):
+    assert all(name.startswith(("minilora.kernels.", "minilora.phi3.")) for name in ours(imports(file)))
+
+
+@pytest.mark.parametrize("file", sources("minilora"), ids=lambda file: file.name)
+def test_the_lora_library_never_imports_phi3(file):
+    of_phi3 = {name for name in imports(file) if name.startswith("minilora.phi3")}
+    assert not of_phi3 or file.name in MEETING_ROOMS
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*/*.py")), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_no_file_imports_the_folders_by_their_names(file):
+    """In the repository root `import kernels` works, and loads every module a second time under another name."""
+    assert not {name for name in imports(file) if name.split(".")[0] in ("kernels", "phi3")}
+
+
+def test_everything_imported_comes_with_the_declared_dependencies():
+    """install_requires names five distributions; whatever else is imported must come along with them."""
+    declared, queue = set(), [re.split(r"[ ;<>=!\[]", line)[0] for line in requires("minilora") if "extra" not in line]
+    assert len(queue) <= 5
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name in declared:
+            continue
+        declared.add(name)
+        with contextlib.suppress(ModuleNotFoundError):  # a dependency of another platform
+            queue += [re.split(r"[ ;<>=!\[(]", line)[0] for line in requires(name) or () if "extra ==" not in line]
+    of_module = packages_distributions()
+    for package in PACKAGES:
+        for file in sources(package):
+            for module in {name.split(".")[0] for name in imports(file)} - sys.stdlib_module_names - {"minilora"}:
+                names = {re.sub(r"[-_.]+", "-", name).lower() for name in of_module[module]}
+                assert names & (declared | EXTRAS), f"{file} imports {module}, which the declared dependencies do not bring"
+
+
+def in_fresh_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_minilora_imports_no_room_of_it_and_not_torch():
+    code = "import sys, minilora; print(sorted(m for m in sys.modules if m.startswith('minilora.') or m == 'torch'))"
+    assert in_fresh_python(code).strip() == "[]"
+
+
+def test_every_public_name_is_found():
+    code = "import minilora; print(len([getattr(minilora, name) for name in minilora.__all__]), minilora.train.__module__)"
+    assert in_fresh_python(code).split()[1] == "minilora.training"
+
+
+def test_importing_the_rooms_needs_no_triton_and_touches_no_gpu():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import minilora.kernels.lora_linear, minilora.kernels.cross_entropy, minilora.phi3, minilora.training, torch\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert in_fresh_python(code).strip() == "False"
+
+
+def test_every_source_file_has_its_test_of_the_same_stem():
+    for package, folder in PACKAGES.items():
+        for file in sources(package):
+            if not file.name.startswith("__"):
+                test = ROOT / "tests" / f"test_{folder.name}_{file.stem}.py"
+                assert test.exists(), f"{file} has no {test.name}"
+
+
+def test_the_three_packages_stay_small():
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for package in PACKAGES for file in sources(package))
+    assert lines <= 3500

@@ -1,0 +1,162 @@
+"""head_cross_entropy against the float64 run of its reference: loss, gradients, memory, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from helpers import Multiplications, rms_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+
+from minilora.kernels.cross_entropy import CHUNK, IGNORE, cross_entropy_reference, head_cross_entropy
+
+C, V = 24, 40
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def linear_head():
+    return nn.Linear(C, V, bias=False)
+
+
+def frozen_head():
+    return linear_head().requires_grad_(False)
+
+
+def deep_head():
+    return nn.Sequential(nn.Linear(C, 16), nn.Tanh(), nn.Linear(16, V, bias=False))
+
+
+def partly_frozen_head():
+    head = deep_head()
+    head[0].requires_grad_(False)
+    return head
+
+
+HEADS = [linear_head, frozen_head, deep_head, partly_frozen_head]
+
+
+def make_inputs(make_head, n, dtype, seed=0, ignored=0.3):
+    torch.manual_seed(seed)
+    head = make_head().to(dtype)
+    x = torch.randn(n, C).to(dtype).requires_grad_()
+    labels = torch.where(torch.rand(n) < ignored, IGNORE, torch.randint(V, (n,)))
+    labels[n // 2] = 1  # one target at least
+    return head, x, labels
+
+
+def loss_and_gradients(loss_of, head, x, labels, scale):
+    loss = loss_of(head, x, labels)
+    wanted = {name: p for name, p in head.named_parameters() if p.requires_grad} | ({"x": x} if x.requires_grad else {})
+    return {"loss": loss} | dict(zip(wanted, torch.autograd.grad(loss * scale, list(wanted.values())), strict=True))
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(HEADS),
+    st.sampled_from([1, 2, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]),
+    st.sampled_from(list(TOLERANCE)),
+    st.sampled_from([1.0, 0.25]),
+    st.sampled_from([0.0, 0.3, 0.9]),
+    st.integers(0, 2**31),
+)
+def test_loss_and_every_gradient_equal_the_float64_reference(make_head, n, dtype, scale, ignored, seed):
+    head, x, labels = make_inputs(make_head, n, dtype, seed, ignored)
+    double = (copy.deepcopy(head).double(), x.detach().double().requires_grad_(), labels)
+    actual = loss_and_gradients(head_cross_entropy, head, x, labels, scale)
+    reference = loss_and_gradients(cross_entropy_reference, *double, scale)
+    errors = {name: rms_error(actual[name], reference[name]) for name in reference}
+    assert all(error <= TOLERANCE[dtype] for error in errors.values()), f"{errors} must be at most {TOLERANCE[dtype]}"
+    assert actual["loss"].dtype == torch.promote_types(dtype, torch.float32)
+    assert actual["loss"].shape == ()
+
+
+def test_the_measure_rejects_zeros():
+    for name, expected in loss_and_gradients(cross_entropy_reference, *make_inputs(deep_head, 30, torch.float64), 1.0).items():
+        assert rms_error(torch.zeros_like(expected), expected) > 50 * max(TOLERANCE.values()), name
+
+
+@pytest.mark.parametrize("make_head", HEADS)
+def test_gradients_agree_with_finite_differences(make_head):
+    head, x, labels = make_inputs(make_head, 5, torch.float64)
+    loss = nn.Module()
+    loss.head = head
+    loss.forward = lambda x, labels: head_cross_entropy(head, x, labels)
+    parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+
+    def loss_of(x, *values):
+        return functional_call(loss, dict(zip(parameters, values, strict=True)), (x, labels))
+
+    assert torch.autograd.gradcheck(loss_of, [x, *parameters.values()])
+
+
+def test_the_head_never_sees_more_rows_than_a_chunk_and_no_ignored_one():
+    class Recorder(nn.Linear):
+        rows: list[int]
+
+        def forward(self, x):
+            self.rows.append(len(x))
+            return super().forward(x)
+
+    head, x, labels = make_inputs(lambda: Recorder(C, V), 4 * CHUNK, torch.float32)
+    head.rows = []
+    head_cross_entropy(head, x, labels).backward()
+    assert max(head.rows) <= CHUNK
+    assert sum(head.rows) == int((labels != IGNORE).sum())  # once each: forward's logits serve backward too
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_for_backward():
+    head, x, labels = make_inputs(linear_head, 4 * CHUNK, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        head_cross_entropy(head, x, labels)
+    assert max(tensor.numel() for tensor in saved) <= x.numel() < len(x) * V
+
+
+@pytest.mark.parametrize(
+    ("make_head", "x_wanted", "products"),
+    [(linear_head, True, 3), (frozen_head, True, 2), (linear_head, False, 2), (frozen_head, False, 1)],
+)
+def test_only_the_gradients_asked_for_are_computed(make_head, x_wanted, products):
+    head, x, labels = make_inputs(make_head, CHUNK + 3, torch.float32, ignored=0.0)
+    with Multiplications() as products_run:
+        head_cross_entropy(head, x.requires_grad_(x_wanted), labels)
+    assert products_run.count == products * len(x) * C * V
+
+
+def test_evaluation_without_gradients_costs_the_logits_only():
+    head, x, labels = make_inputs(linear_head, CHUNK + 3, torch.float32, ignored=0.0)
+    with torch.no_grad(), Multiplications() as products_run:
+        loss = head_cross_entropy(head, x, labels)
+    assert not loss.requires_grad
+    assert products_run.count == len(x) * C * V
+    assert rms_error(loss, cross_entropy_reference(head, x, labels)) < 1e-6
+
+
+def test_ignored_rows_get_exactly_no_gradient():
+    head, x, labels = make_inputs(linear_head, 50, torch.float32)
+    head_cross_entropy(head, x, labels).backward()
+    assert (x.grad[labels == IGNORE] == 0).all()
+    assert (x.grad[labels != IGNORE] != 0).all()
+
+
+def test_a_second_derivative_is_refused():
+    head, x, labels = make_inputs(linear_head, 5, torch.float32)
+    (dx,) = torch.autograd.grad(head_cross_entropy(head, x, labels) ** 2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_gradients_of_several_backward_passes_add_up():
+    head, x, labels = make_inputs(linear_head, 5, torch.float32)
+    head_cross_entropy(head, x, labels).backward()
+    once = head.weight.grad.clone()
+    head_cross_entropy(head, x, labels).backward()
+    torch.testing.assert_close(head.weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_labels_that_are_all_ignored_are_an_error(n):
+    with pytest.raises(ValueError, match=r"every label is -100 \(ignored\): a loss needs at least one target token"):
+        head_cross_entropy(linear_head(), torch.randn(n, C), torch.full((n,), IGNORE))

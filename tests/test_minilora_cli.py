@@ -1,0 +1,254 @@
+"""What can be typed, and that every fault ends with one clear message and exit code 2, without a stack trace."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.cli import build_parser, main
+
+COMMANDS = ("demo", "train", "eval", "generate", "merge", "info")
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """Four good conversations."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text((json.dumps(CHAT) + "\n") * 4)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint, to be spoilt."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "model")
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail, and returns its message."""
+
+    def run(*argv) -> str:
+        assert main([str(arg) for arg in argv]) == 2
+        progress, name, message = capsys.readouterr().err.rpartition(f"minilora {argv[0]}: ")
+        assert name
+        assert "Traceback" not in progress + message
+        return message
+
+    return run
+
+
+def train(model, data, output, *more) -> list:
+    settings = ["--set", "training.max_steps=2", "--set", "peft.r=2", "--set", 'peft.target_modules=["qkv_proj"]']
+    return ["train", "--model", model, "--data", data, "--output", output, *settings, *more]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"    {command} " in said for command in COMMANDS)
+
+
+def test_a_mistyped_command_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["trian"])
+    assert stopped.value.code == 2
+    assert "trian" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from minilora.cli import main; main(['train', '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "[training]" in result.stdout
+
+
+def test_the_installed_command_ends_a_fault_with_one_line_and_2(tmp_path):
+    result = subprocess.run([sys.executable, "-m", "minilora", "info", tmp_path / "nothing"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "nothing" in result.stderr
+
+
+def test_an_interrupted_command_exits_with_130(monkeypatch, tiny_checkpoint, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert main(["generate", "--model", str(tiny_checkpoint)]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_defaults_of_every_command_are_set():
+    args = build_parser().parse_args(["demo"])
+    assert str(args.output) == "runs/demo"
+
+
+# Bad checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def respoil(checkpoint, change) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(checkpoint, fails):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.extra"] = torch.zeros(2)
+        tensors["lm_head.weight"] = torch.zeros(3, 3)
+
+    respoil(checkpoint, change)
+    message = fails("generate", "--model", checkpoint, "--prompt", "x")
+    for fault in (
+        "model.norm.weight is missing",
+        "model.extra in model.safetensors is not part",
+        "lm_head.weight must have shape",
+    ):
+        assert fault in message
+
+
+def test_truncated_weights_are_told(checkpoint, fails):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors is truncated" in fails("generate", "--model", checkpoint, "--prompt", "x")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "deep/model.safetensors", "..\\model.safetensors"])
+def test_a_shard_that_leaves_its_folder_is_refused(checkpoint, fails, shard):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    assert "is not the plain name of a safetensors file" in fails("generate", "--model", checkpoint, "--prompt", "x")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused_unread(checkpoint, fails, name):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / name).write_bytes(b"cos\nsystem\n(S'echo unpickled'\ntR.")
+    message = fails("generate", "--model", checkpoint, "--prompt", "x")
+    assert name in message
+    assert "unpickling runs code" in message
+
+
+def test_another_architecture_is_refused_by_name(checkpoint, fails):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "'llama'" in fails("info", checkpoint)
+
+
+# Bad conversations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"messages": [', "Expecting value"),
+        (json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}), "is empty"),
+        (json.dumps({"messages": [{"role": "wizard", "content": "a"}]}), "unknown role 'wizard'"),
+        (json.dumps({"text": "a"}), 'has "text"'.replace('"', "'")),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_and_number(tiny_checkpoint, chat, fails, tmp_path, line, fault):
+    chat.write_text(chat.read_text() + "\n" + line + "\n")
+    message = fails(*train(tiny_checkpoint, chat, tmp_path / "out"))
+    assert f"{chat}:6: " in message
+    assert fault in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_conversation_over_the_limit_is_counted_and_named_and_never_cut(tiny_checkpoint, chat, fails, tmp_path, capsys):
+    long = {"messages": [*CHAT["messages"][:1], {"role": "assistant", "content": "Hello " * 50}]}
+    chat.write_text(chat.read_text() + json.dumps(long) + "\n")
+    limit = ["--set", "training.max_seq_length=100"]
+    message = fails(*train(tiny_checkpoint, chat, tmp_path / "out", *limit))
+    assert "1 of 5 conversations are longer than 100 tokens" in message
+    assert f"{chat}:5: " in message
+    assert main([str(arg) for arg in train(tiny_checkpoint, chat, tmp_path / "out", *limit, "--drop-long")]) == 0
+    assert "4 conversations" in (said := capsys.readouterr().out)
+    assert "1 longer than 100 left out" in said
+
+
+# Bad adapters, disks and numbers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tiny_checkpoint, chat, tmp_path, capsys):
+    assert main([str(arg) for arg in train(tiny_checkpoint, chat, tmp_path / "trained")]) == 0
+    capsys.readouterr()
+    return tmp_path / "trained" / "adapter"
+
+
+def test_an_adapter_of_another_rank_or_shape_is_refused(tiny_checkpoint, adapter, fails):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    message = fails("generate", "--model", tiny_checkpoint, "--adapter", adapter, "--prompt", "x")
+    assert "lora_A must have shape (3, 32), not (2, 32)" in message
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(tiny_checkpoint, chat, adapter, fails, tmp_path):
+    command = train(tiny_checkpoint, chat, tmp_path / "trained")
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    assert "overwrite_output_dir=true" in fails(*command)
+    assert (adapter / "adapter_model.safetensors").read_bytes() == before
+    assert main([str(arg) for arg in [*command, "--set", "training.overwrite_output_dir=true"]]) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(checkpoint, chat, fails, tmp_path):
+    respoil(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    message = fails(*train(checkpoint, chat, tmp_path / "out"))
+    assert "step 1: loss nan" in message
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+FULL_DISK = """
+import resource, sys
+from minilora.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_earlier_adapter_whole(tiny_checkpoint, chat, adapter, tmp_path):
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    command = train(tiny_checkpoint, chat, tmp_path / "trained", "--set", "training.overwrite_output_dir=true")
+    command += ["--set", "peft.r=16"]  # an adapter of more than 4096 bytes
+    result = subprocess.run([sys.executable, "-c", FULL_DISK, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "could not be written" in result.stderr
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "log.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ("peft.rank=4", "peft.rank is unknown"),
+        ("training.learning_rate=-1", "learning_rate must be positive"),
+        ('training.learning_rate="high"', "training.learning_rate must be float"),
+        ('peft.target_modules=["query"]', "match no linear layer; this model has qkv_proj (q_proj, k_proj, v_proj)"),
+        ("training.max_steps", "must be TOML"),
+    ],
+)
+def test_a_wrong_setting_is_named(tiny_checkpoint, chat, fails, tmp_path, setting, fault):
+    assert fault in fails(*train(tiny_checkpoint, chat, tmp_path / "out", "--set", setting))
+
+
+def test_a_device_that_is_not_there_is_told(tiny_checkpoint, fails):
+    message = fails("generate", "--model", tiny_checkpoint, "--device", "cuda:99", "--prompt", "x")
+    assert "device cuda:99 cannot be used" in message

@@ -1,0 +1,145 @@
+"""What each command does when all is well, and that it says what it uses and what it wrote."""
+
+import json
+
+import pytest
+import torch
+
+import minilora as lora
+from minilora import phi3
+from minilora.cli import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_checkpoint):
+    """A folder with chat.jsonl, run.toml and the output of `minilora train` on them."""
+    folder = tmp_path_factory.mktemp("run")
+    lines = [
+        {"messages": [{"role": "user", "content": f"What is {n} and 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+        for n in range(12)
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.toml").write_text(
+        '[training]\nlearning_rate = 1e-2\nmax_steps = 3\nsave_steps = 2\nlog_level = "info"\n'
+        '[peft]\nr = 4\nlora_alpha = 8\ntarget_modules = ["q_proj", "v_proj", "down_proj"]\n'
+    )
+    run(
+        "train", "--model", tiny_checkpoint, "--data", folder / "chat.jsonl", "--eval-data", folder / "chat.jsonl",
+        "--config", folder / "run.toml", "--output", folder / "out",
+    )  # fmt: skip
+    return folder
+
+
+def run(*argv) -> None:
+    assert main([str(arg) for arg in argv]) == 0
+
+
+def test_train_writes_adapter_log_and_checkpoints(trained):
+    assert {path.name for path in (trained / "out").iterdir()} == {"adapter", "checkpoint-2", "log.jsonl"}
+    lines = [json.loads(line) for line in (trained / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert "eval_perplexity" in lines[-1]
+
+
+def test_train_says_what_it_uses_and_what_it_wrote(trained, tiny_checkpoint, tmp_path, capsys):
+    run(
+        "train",
+        "--model",
+        tiny_checkpoint,
+        "--data",
+        trained / "chat.jsonl",
+        "--config",
+        trained / "run.toml",
+        "--output",
+        tmp_path,
+    )
+    said = capsys.readouterr().out
+    for part in (
+        "float32 on cpu",
+        "kernels: plain PyTorch",
+        "r 4, alpha 8",
+        "in float32",
+        "trainable parameters of",
+        "12 conversations",
+    ):
+        assert part in said
+    assert "without effect here, there is one way only: training.log_level" in said
+    assert f"wrote {tmp_path / 'adapter'}" in said
+
+
+def test_eval_prints_what_the_library_finds(trained, tiny_checkpoint, capsys):
+    model, tokenizer = phi3.load(tiny_checkpoint), phi3.load_tokenizer(tiny_checkpoint)
+    lora.load_adapter(model, trained / "out" / "adapter")
+    examples = lora.encode_conversations(lora.read_conversations(trained / "chat.jsonl"), tokenizer, 512)
+    found = lora.evaluate(model, examples)
+    run("eval", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--data", trained / "chat.jsonl")
+    assert (
+        f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over {found.tokens} target tokens" in capsys.readouterr().out
+    )
+
+
+def test_generate_prints_what_the_library_generates(trained, tiny_checkpoint, capsys):
+    model, tokenizer = phi3.load(tiny_checkpoint), phi3.load_tokenizer(tiny_checkpoint)
+    lora.load_adapter(model, trained / "out" / "adapter")
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "What is 2 and 1?"}]
+    settings = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 40, "top_p": 0.9, "seed": 3}
+    expected = "".join(phi3.stream(model, tokenizer, messages, **settings))
+    options = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
+    adapter = trained / "out" / "adapter"
+    run(
+        "generate", "--model", tiny_checkpoint, "--adapter", adapter, "--system", "Add.", "--prompt", "What is 2 and 1?", *options
+    )
+    assert capsys.readouterr().out.endswith(f"\n{expected}\n")
+
+
+def test_a_chat_remembers_what_was_said(tiny_checkpoint, capsys, monkeypatch):
+    questions = iter(["one", "two"])
+    monkeypatch.setattr("builtins.input", lambda _: next(questions, None) or (_ for _ in ()).throw(EOFError))
+    run("generate", "--model", tiny_checkpoint, "--max-new-tokens", 4)
+    model, tokenizer = phi3.load(tiny_checkpoint), phi3.load_tokenizer(tiny_checkpoint)
+    messages = [{"role": "user", "content": "one"}]
+    first = "".join(phi3.stream(model, tokenizer, messages, max_new_tokens=4))
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "two"}]
+    second = "".join(phi3.stream(model, tokenizer, messages, max_new_tokens=4))
+    assert capsys.readouterr().out.endswith(f"{first}\n{second}\n\n")
+
+
+def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(trained, tiny_checkpoint, tmp_path, capsys):
+    run("merge", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--output", tmp_path / "merged")
+    assert f"wrote {tmp_path / 'merged'}" in capsys.readouterr().out
+    merged, adapted = phi3.load(tmp_path / "merged"), lora.load_adapter(phi3.load(tiny_checkpoint), trained / "out" / "adapter")
+    ids = torch.arange(40).view(2, 20)
+    base = phi3.load(tiny_checkpoint)(ids)
+    assert (merged(ids) - adapted(ids)).abs().max() < 1e-4 * (adapted(ids) - base).abs().max()
+    assert phi3.load_tokenizer(tmp_path / "merged").encode("abc") == phi3.load_tokenizer(tiny_checkpoint).encode("abc")
+
+
+def test_merge_refuses_a_folder_that_holds_files(trained, tiny_checkpoint, capsys):
+    argv = ["merge", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--output", tiny_checkpoint]
+    assert main([str(arg) for arg in argv]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+
+
+def test_info_tells_what_a_checkpoint_is_and_what_a_config_would_train(trained, tiny_checkpoint, capsys):
+    run("info", tiny_checkpoint, "--config", trained / "run.toml")
+    said = capsys.readouterr().out
+    parameters = sum(parameter.numel() for parameter in phi3.load(tiny_checkpoint).parameters())
+    model = lora.load_adapter(phi3.load(tiny_checkpoint), trained / "out" / "adapter")
+    adapter = sum(tensor.numel() for tensor in lora.lora_state_dict(model).values())
+    assert f"Phi-3 with {parameters:,} parameters" in said
+    assert f"would train {adapter:,} parameters in 4 layers" in said
+
+
+def test_info_tells_what_an_adapter_is(trained, capsys):
+    run("info", trained / "out" / "adapter")
+    assert "a LoRA adapter, r 4, alpha 8, dropout 0.0 on q_proj, v_proj, down_proj" in capsys.readouterr().out
+
+
+def test_adapters_take_the_models_dtype_when_asked(trained, tiny_checkpoint, tmp_path, capsys):
+    argv = ["train", "--model", tiny_checkpoint, "--data", trained / "chat.jsonl", "--config", trained / "run.toml"]
+    run(*argv, "--output", tmp_path / "a", "--dtype", "bfloat16", "--adapter-dtype", "model")
+    assert "in bfloat16: " in capsys.readouterr().out
+    run(*argv, "--output", tmp_path / "b", "--set", "training.bf16=true")
+    said = capsys.readouterr().out
+    assert "parameters in bfloat16 on cpu" in said
+    assert "in float32: " in said

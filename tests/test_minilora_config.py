@@ -1,0 +1,326 @@
+import dataclasses
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config, scaling
+
+NAN, INF = math.nan, math.inf
+
+# training_config and peft_config of the Phi-3 cookbook's fine-tuning script, as TOML.
+COOKBOOK = """
+[training]
+bf16 = true
+do_eval = false
+learning_rate = 5.0e-06
+log_level = "info"
+logging_steps = 20
+logging_strategy = "steps"
+lr_scheduler_type = "cosine"
+num_train_epochs = 1
+max_steps = -1
+output_dir = "./checkpoint_dir"
+overwrite_output_dir = true
+per_device_eval_batch_size = 4
+per_device_train_batch_size = 4
+remove_unused_columns = true
+save_steps = 100
+save_total_limit = 1
+seed = 0
+gradient_checkpointing = true
+gradient_checkpointing_kwargs = {use_reentrant = false}
+gradient_accumulation_steps = 1
+warmup_ratio = 0.2
+
+[peft]
+r = 16
+lora_alpha = 32
+lora_dropout = 0.05
+bias = "none"
+task_type = "CAUSAL_LM"
+target_modules = "all-linear"
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(tmp_path, text) -> str:
+    """The message with which a file of this text is refused; it begins with the file's name."""
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+        read_run_config(path)
+    return str(refused.value)
+
+
+# LoraConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, r"\br must be at least 1, not 0"),
+        ({"r": -2}, r"\br must be at least 1, not -2"),
+        ({"rank_pattern": {"o_proj": 0}}, r"rank_pattern.*\b0\b"),
+        ({"lora_alpha": NAN}, "lora_alpha must be .*nan"),
+        ({"lora_alpha": INF}, "lora_alpha must be .*inf"),
+        ({"alpha_pattern": {"o_proj": NAN}}, "alpha_pattern.*nan"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\), not 1.0"),
+        ({"lora_dropout": -0.1}, r"lora_dropout must lie in \[0, 1\), not -0.1"),
+        ({"lora_dropout": NAN}, r"lora_dropout must lie in \[0, 1\), not nan"),
+        ({"target_modules": []}, "target_modules must name at least one module"),
+        ({"target_modules": ""}, "target_modules must name at least one module"),
+        ({"target_modules": "("}, "target_modules"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern"),
+        ({"use_dora": True}, "use_dora is not supported yet"),
+    ],
+)
+def test_a_broken_lora_rule_is_refused_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**fields)
+
+
+def test_all_broken_lora_rules_are_named_at_once():
+    with pytest.raises(ValueError, match="; ") as refused:
+        LoraConfig(r=0, lora_dropout=2, target_modules=[], use_dora=True)
+    for field in ("r must", "lora_dropout must", "target_modules must", "use_dora is"):
+        assert field in str(refused.value)
+
+
+def test_the_edges_of_the_lora_rules_are_allowed():
+    LoraConfig(r=1, lora_dropout=0, target_modules=["o_proj"], rank_pattern={"o_proj": 1})
+    LoraConfig(lora_dropout=0.999)
+
+
+KEYS = ["o_proj", "self_attn.o_proj", r"layers\.1\..*", ".*proj", "^o_proj", "proj", "lm_head|o_proj", "layers.0.mlp.down_proj"]
+PATHS = ["o_proj", "lm_head", "layers.0.self_attn.o_proj", "model.layers.11.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
+
+
+@given(keys=st.lists(st.sampled_from(KEYS), unique=True), path=st.sampled_from(PATHS))
+def test_patterns_match_as_in_peft_and_the_first_hit_counts(keys, path):
+    ranks = {key: 10 + i for i, key in enumerate(keys)}
+    alphas = {key: 0.5 + i for i, key in enumerate(keys)}
+    config = LoraConfig(r=3, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas)
+    assert config.rank(path) == ranks.get(get_pattern_key(ranks, path), 3)
+    assert config.alpha(path) == alphas.get(get_pattern_key(alphas, path), 7)
+
+
+def test_scaling_is_alpha_by_r_or_by_its_root():
+    assert scaling(16, 32) == 2
+    assert scaling(16, 32, use_rslora=True) == 8
+    assert scaling(2, 1, use_rslora=True) == pytest.approx(0.7071067811865476)
+
+
+# TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("lr_scheduler_type", "constant", "must be one of cosine, linear, not 'constant'"),
+        ("learning_rate", 0.0, "must be positive, not 0.0"),
+        ("learning_rate", -1e-4, "must be positive, not -0.0001"),
+        ("learning_rate", INF, "must be positive, not inf"),
+        ("learning_rate", NAN, "must be positive, not nan"),
+        ("warmup_ratio", -0.1, "must lie in [0, 1], not -0.1"),
+        ("warmup_ratio", 1.1, "must lie in [0, 1], not 1.1"),
+        ("num_train_epochs", 0, "must be positive, not 0"),
+        ("num_train_epochs", INF, "must be positive, not inf"),
+        ("max_steps", 0, "must be -1 or at least 1, not 0"),
+        ("max_steps", -2, "must be -1 or at least 1, not -2"),
+        ("weight_decay", -0.1, "must be at least 0, not -0.1"),
+        ("max_grad_norm", 0.0, "must be positive, not 0.0"),
+        ("eval_steps", -1, "must be at least 0, not -1"),
+        ("save_steps", -1, "must be at least 0, not -1"),
+        ("per_device_train_batch_size", 0, "must be at least 1, not 0"),
+        ("per_device_eval_batch_size", 0, "must be at least 1, not 0"),
+        ("gradient_accumulation_steps", 0, "must be at least 1, not 0"),
+        ("logging_steps", 0, "must be at least 1, not 0"),
+        ("save_total_limit", 0, "must be at least 1, not 0"),
+    ],
+)
+def test_a_broken_training_rule_is_refused_with_its_value(name, value, rule):
+    with pytest.raises(ValueError, match=re.escape(f"{name} {rule}") + "$"):
+        TrainConfig(**{name: value})
+
+
+def test_all_broken_training_rules_are_named_at_once():
+    broken = {"learning_rate": 0, "warmup_ratio": 2, "max_steps": 0, "save_total_limit": 0, "lr_scheduler_type": "step"}
+    with pytest.raises(ValueError, match="; ") as refused:
+        TrainConfig(**broken)
+    assert sorted(fault.split()[0] for fault in str(refused.value).split("; ")) == sorted(broken)
+
+
+def test_the_edges_of_the_training_rules_are_allowed():
+    TrainConfig(warmup_ratio=1, num_train_epochs=0.01, max_steps=1, weight_decay=0, eval_steps=0, save_steps=0)
+
+
+def test_configs_cannot_be_changed_once_checked():
+    for config in (LoraConfig(), TrainConfig(), RunConfig()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, dataclasses.fields(config)[0].name, -1)
+
+
+# read_run_config
+
+
+def test_the_cookbooks_two_dictionaries_are_read_verbatim(tmp_path):
+    run = read_run_config(written(tmp_path, COOKBOOK))
+    assert run.training == TrainConfig(
+        learning_rate=5e-6, lr_scheduler_type="cosine", warmup_ratio=0.2, num_train_epochs=1, max_steps=-1,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=True,
+        logging_steps=20, save_steps=100, save_total_limit=1, seed=0,
+    )  # fmt: skip
+    assert run.peft == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    assert (run.bf16, run.output_dir, run.overwrite_output_dir) == (True, "./checkpoint_dir", True)
+    assert set(run.without_effect) == {
+        "training.do_eval", "training.log_level", "training.logging_strategy", "training.remove_unused_columns",
+        "training.gradient_checkpointing_kwargs", "peft.bias", "peft.task_type",
+    }  # fmt: skip
+
+
+def test_an_empty_file_means_the_defaults(tmp_path):
+    assert read_run_config(written(tmp_path, "")) == RunConfig()
+
+
+def test_every_field_of_both_configs_can_be_set(tmp_path):
+    text = """
+    [training]
+    weight_decay = 0.1
+    max_grad_norm = 0.5
+    eval_steps = 7
+    max_seq_length = 128
+    lr_scheduler_type = "linear"
+    [peft]
+    target_modules = ["q_proj", "o_proj"]
+    use_rslora = true
+    rank_pattern = {o_proj = 4}
+    alpha_pattern = {o_proj = 2.5, q_proj = 2}
+    """
+    run = read_run_config(written(tmp_path, text))
+    assert run.training == TrainConfig(weight_decay=0.1, max_grad_norm=0.5, eval_steps=7, lr_scheduler_type="linear")
+    assert run.max_seq_length == 128
+    patterns = {"rank_pattern": {"o_proj": 4}, "alpha_pattern": {"o_proj": 2.5, "q_proj": 2}}
+    assert run.peft == LoraConfig(target_modules=["q_proj", "o_proj"], use_rslora=True, **patterns)
+
+
+def test_all_faults_of_a_file_come_in_one_message(tmp_path):
+    message = refusal(
+        tmp_path,
+        """
+        r = 16
+        [trainng]
+        [training]
+        learning_rate = "fast"
+        per_device_train_batch_size = 4.0
+        gradient_checkpointing = 1
+        output_dir = 3
+        bf16 = "yes"
+        lr_schedule = "cosine"
+        warmup_ratio = 2
+        logging_strategy = "epoch"
+        gradient_checkpointing_kwargs = {use_reentrant = true}
+        [peft]
+        r = "16"
+        target_modules = [1]
+        use_rslora = 0
+        rank_pattern = 3
+        bias = "all"
+        task_type = "SEQ_CLS"
+        modules_to_save = ["lm_head"]
+        lora_dropout = 1.5
+        """,
+    )
+    for fault in (
+        "r is unknown: the tables are [training] and [peft]",
+        "trainng is unknown: the tables are [training] and [peft]",
+        "training.learning_rate must be float, not 'fast'",
+        "training.per_device_train_batch_size must be int, not 4.0",
+        "training.gradient_checkpointing must be bool, not 1",
+        "training.output_dir must be str, not 3",
+        "training.bf16 must be bool, not 'yes'",
+        "training.lr_schedule is unknown; known are",
+        "warmup_ratio must lie in [0, 1], not 2",
+        "training.logging_strategy must be 'steps', not 'epoch'",
+        "training.gradient_checkpointing_kwargs must be {'use_reentrant': False}, not {'use_reentrant': True}",
+        "peft.r must be int, not '16'",
+        "peft.target_modules must be",
+        "peft.use_rslora must be bool, not 0",
+        "peft.rank_pattern must be",
+        "peft.bias must be 'none', not 'all'",
+        "peft.task_type must be 'CAUSAL_LM', not 'SEQ_CLS'",
+        "peft.modules_to_save must be",
+        "lora_dropout must lie in [0, 1), not 1.5",
+    ):
+        assert fault in message
+
+
+def test_overrides_go_over_the_file(tmp_path):
+    path = written(tmp_path, COOKBOOK)
+    run = read_run_config(path, ["training.max_steps = 8", "peft.r=4", "peft.target_modules=['o_proj']"])
+    assert run.training == dataclasses.replace(read_run_config(path).training, max_steps=8)
+    assert run.peft == LoraConfig(r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["o_proj"])
+    assert read_run_config(None, ["training.seed = 5"]) == RunConfig(training=TrainConfig(seed=5))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.warmup_ratio = 2", "warmup_ratio must lie in"),
+        ("training.sed = 1", "training.sed is unknown"),
+        ("training = 3", "training is unknown|training must be"),
+        ("peft.target_modules = o_proj", "--set must be TOML"),
+    ],
+)
+def test_an_override_is_held_to_the_same_rules(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        read_run_config(written(tmp_path, COOKBOOK), [override])
+
+
+def test_an_override_cannot_hide_a_fault_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"the tables are \[training\] and \[peft\]"):
+        read_run_config(written(tmp_path, "training = 3"), ["training.seed = 1"])
+
+
+def test_an_unknown_key_is_answered_with_the_known_ones(tmp_path):
+    message = refusal(tmp_path, "[peft]\nrank = 3\n")
+    assert all(name in message for name in ("lora_alpha", "r,", "target_modules", "task_type"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rank_pattern", '"8"'), ("rank_pattern", "2.5"), ("alpha_pattern", '"8"')])
+def test_a_pattern_must_map_names_to_numbers(tmp_path, name, value):
+    assert name in refusal(tmp_path, f"[peft]\n{name} = {{o_proj = {value}}}\n")
+
+
+@pytest.mark.parametrize("key", ["save_steps", "learning_rate"])
+def test_true_is_no_number(tmp_path, key):
+    assert f"training.{key} must be" in refusal(tmp_path, f"[training]\n{key} = true\n")
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_max_seq_length_must_leave_room_for_a_token(tmp_path, length):
+    assert "max_seq_length must be at least 1" in refusal(tmp_path, f"[training]\nmax_seq_length = {length}\n")
+
+
+@pytest.mark.parametrize("text", ["[training\n", "[training]\nseed = \n", "[training]\nseed = 1\nseed = 2\n"])
+def test_broken_toml_is_refused_with_file_and_line(tmp_path, text):
+    assert re.search(r"run\.toml must be TOML: .*\bline \d", refusal(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"run\.toml must be TOML"):
+        read_run_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.toml"):
+        read_run_config(tmp_path / "absent.toml")

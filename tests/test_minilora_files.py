@@ -1,0 +1,159 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minilora.files import replaced_folder, write_file
+
+
+def mode(path: Path) -> str:
+    return oct(path.stat().st_mode & 0o777)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def usual_umask():
+    earlier = os.umask(0o022)
+    yield
+    os.umask(earlier)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An earlier folder, alone in its parent."""
+    folder = tmp_path / "parent" / "out"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a").write_text("earlier")
+    (folder / "sub" / "b").write_text("earlier too")
+    return folder
+
+
+def assert_only_the_earlier_one_is_there(folder):
+    assert contents(folder.parent) == {"out/a": b"earlier", "out/sub/b": b"earlier too"}
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+# write_file
+
+
+@pytest.mark.parametrize("content", ["naïve 日本\r\n", b"\x00\xff\r\n", ""])
+def test_a_file_holds_what_was_written(tmp_path, content):
+    write_file(tmp_path / "new" / "deep" / "file", content)
+    assert contents(tmp_path) == {"new/deep/file": content if isinstance(content, bytes) else content.encode("utf-8")}
+
+
+def test_a_file_is_replaced(tmp_path):
+    write_file(tmp_path / "file", "a longer earlier one")
+    write_file(tmp_path / "file", "later")
+    assert contents(tmp_path) == {"file": b"later"}
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path, usual_umask):
+    write_file(tmp_path / "file", "x")
+    assert mode(tmp_path / "file") == "0o644"
+
+
+def test_a_file_that_cannot_be_replaced_leaves_no_other_behind(folder):
+    with pytest.raises(OSError, match="out"):
+        write_file(folder, "a folder is in the way")
+    assert_only_the_earlier_one_is_there(folder)
+
+
+def test_a_text_that_cannot_be_encoded_leaves_the_earlier_file_whole(folder):
+    with pytest.raises(UnicodeEncodeError):
+        write_file(folder / "a", "\ud800")
+    assert_only_the_earlier_one_is_there(folder)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from minilora.files import write_file
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))  # no file may grow longer
+try:
+    write_file(Path(sys.argv[1]), "x" * 1000)
+except OSError as error:
+    print("OSError")
+"""
+
+
+def test_a_disk_that_fills_leaves_the_earlier_file_whole(folder):
+    ended = subprocess.run([sys.executable, "-c", FULL_DISK, str(folder / "a")], capture_output=True, text=True, check=True)
+    assert ended.stdout == "OSError\n"
+    assert_only_the_earlier_one_is_there(folder)
+
+
+# replaced_folder
+
+
+def test_a_new_folder_takes_the_place_of_the_earlier_one(folder):
+    with replaced_folder(folder) as new:
+        assert not list(new.iterdir())
+        (new / "c").write_text("later")
+        assert (folder / "a").read_text() == "earlier"  # until the end
+    assert contents(folder.parent) == {"out/c": b"later"}
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_is_made_where_there_was_none(tmp_path):
+    with replaced_folder(tmp_path / "new" / "deep") as new:
+        (new / "c").write_text("later")
+    assert contents(tmp_path) == {"new/deep/c": b"later"}
+
+
+def fill_by_half(folder: Path, failure: type[BaseException]) -> None:
+    with replaced_folder(folder) as new:
+        (new / "a").write_text("half")
+        raise failure("half")
+
+
+@pytest.mark.parametrize("failure", [ValueError, OSError, KeyboardInterrupt])
+def test_a_failure_while_filling_leaves_the_earlier_folder_whole(folder, failure):
+    with pytest.raises(failure, match="half"):
+        fill_by_half(folder, failure)
+    assert_only_the_earlier_one_is_there(folder)
+
+
+def test_a_failure_while_filling_a_new_folder_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="half"):
+        fill_by_half(tmp_path / "out", ValueError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_of_the_last_rename_leaves_the_earlier_folder_whole(folder):
+    with pytest.raises(OSError, match="No such file"), replaced_folder(folder) as new:
+        shutil.rmtree(new)  # nothing is left to be renamed
+    assert_only_the_earlier_one_is_there(folder)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from minilora.files import replaced_folder
+
+with replaced_folder(Path(sys.argv[1])) as new:
+    (new / "a").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_killed_while_filling_leaves_the_earlier_folder_whole(folder):
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    assert ended.returncode == -9
+    assert contents(folder) == {"a": b"earlier", "sub/b": b"earlier too"}
+
+
+def test_a_new_folder_has_the_usual_permissions(folder, usual_umask):
+    for path in (folder, folder.parent / "new"):
+        with replaced_folder(path) as new:
+            (new / "c").write_text("later")
+        assert mode(path) == "0o755"
+        assert mode(path / "c") == "0o644"

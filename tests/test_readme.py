@@ -1,0 +1,62 @@
+"""What the README says is so: its Python runs, its commands parse, its figures are those of the committed result."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from minilora.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "Phi-3-mini-4k-instruct")
+    (tmp_path / "chat.jsonl").write_text(blocks("json")[0])
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    assert len(blocks("python")) == 2
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line.startswith("minilora ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_commands_are_ones_that_the_command_line_takes(line):
+    build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_ci_runs_the_two_install_lines():
+    assert len(re.findall(r"^pip install .* && minilora demo$", README, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^pip install .* && pytest$", README, flags=re.MULTILINE)) == 1
+
+
+def test_the_figures_of_the_demo_are_those_of_the_committed_result():
+    (row,) = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["rows"]
+    text = " ".join(README.split())
+    assert f"That run took {row['seconds_process']:.0f} seconds on two CPU cores" in text
+    assert f"and {row['peak_memory_bytes'] / 1e9:.1f} GB of memory" in text
+    assert f"On unseen sentences {row['exact_before']:.0%} of the answers were exact before" in text
+    assert f"and {row['exact_after']:.0%} after; on phrasings that it was never trained on, {row['exact_after_new_phrasings']:.0%}." in text
+
+
+def test_every_folder_of_the_table_is_there():
+    for folder in re.findall(r"`(\w+)/`", README):
+        assert (ROOT / folder).is_dir()
+
+
+def test_every_linked_file_is_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists()
