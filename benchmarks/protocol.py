@@ -14,7 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict:
     """The device and versions that a figure was found with."""
-    cpu = next((line.partition(": ")[2] for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": date.today().isoformat(),
         "cpu": f"{cpu}, {os.cpu_count()} cores",

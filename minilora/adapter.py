@@ -7,6 +7,8 @@ The key "minilora" in the config, which other programs ignore, says which slices
 
 import json
 import math
+import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,13 +72,17 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
     infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if infinite:
         raise ValueError(f"an adapter must be finite to be saved; NaN or infinity stands in {', '.join(infinite)}")
+    others = [file.name for file in Path(path).iterdir() if file.name not in (CONFIG, TENSORS)] if Path(path).exists() else []
+    if others:
+        raise FileExistsError(f"{path} must be new, empty or an earlier adapter; it holds {', '.join(sorted(others))}")
     with replaced_folder(Path(path)) as folder:
+        config = json.dumps(_peft_config(model, layers, base), indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
         try:
             save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
-        config = json.dumps(_peft_config(model, layers, base), indent=2, sort_keys=True)
-        (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
+        shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes files that only their owner reads
 
 
 def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
@@ -95,11 +101,11 @@ def _split(fused: Tensor, slices: Slices) -> Tensor:
 
 
 def _peft_config(model: nn.Module, layers: dict[str, Linear], base: str | None) -> dict:
-    config: LoraConfig = model.lora_config
+    use_rslora, lora_dropout = (_common(layers, name) for name in ("use_rslora", "lora_dropout"))
     ranks = {path: layer.r * len(layer.slices) for path, layer in layers.items()}
     # G stacked slices have G times the rank: alpha must grow with it (with its root under rsLoRA) for the same scaling.
-    grown = {path: len(layer.slices) ** (0.5 if config.use_rslora else 1) for path, layer in layers.items()}
-    alphas = {path: layer.lora_alpha * grown[path] for path, layer in layers.items()}
+    growth = 0.5 if use_rslora else 1
+    alphas = {path: layer.lora_alpha * len(layer.slices) ** growth for path, layer in layers.items()}
     r, lora_alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     peft = {
         "peft_type": "LORA",
@@ -114,23 +120,37 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear], base: str | None) 
         "layers_pattern": None,
         "r": r,
         "lora_alpha": lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+        "use_dora": False,
         "target_modules": _target_names(model, layers),
-        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != lora_alpha},
+        "rank_pattern": {_key(path, layers): rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_key(path, layers): alpha for path, alpha in alphas.items() if alpha != lora_alpha},
     }
-    if any(isinstance(layer, MergedLinear) for layer in layers.values()):
-        peft["minilora"] = asdict(config)
+    if any(isinstance(layer, MergedLinear) for layer in layers.values()) and hasattr(model, "lora_config"):
+        peft["minilora"] = asdict(model.lora_config)
     return peft
 
 
-def _target_names(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
-    """The adapted layers by their last names where those mean no others, else by their paths."""
-    names = {path.rpartition(".")[2] for path in layers}
-    named = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names}
-    return sorted(names if named == layers.keys() else layers)
+def _common(layers: dict[str, Linear], name: str):
+    values = {getattr(layer, name) for layer in layers.values()}
+    if len(values) > 1:
+        raise ValueError(f"the layers of one adapter must share {name}, and have {sorted(values)}")
+    return values.pop()
+
+
+def _key(path: str, layers: dict[str, Linear]) -> str:
+    """The pattern for a path alone: PEFT lets a path match the end of another one, which ^ forbids."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in layers) else path
+
+
+def _target_names(model: nn.Module, layers: dict[str, Linear]) -> list[str] | str:
+    """The adapted layers, and no others, by their last names; else by their paths; else by a pattern for whole paths."""
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for names in ({path.rpartition(".")[2] for path in layers}, layers.keys()):
+        if {path for path in linears if any(path == name or path.endswith(f".{name}") for name in names)} == layers.keys():
+            return sorted(names)
+    return "|".join(map(re.escape, layers))
 
 
 def read_adapter_config(path: Path | str) -> LoraConfig:
@@ -190,6 +210,11 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
             target.path: _pair(target.module, target.slices, target.r, scaling(target.r, target.lora_alpha, config.use_rslora))
             for target in find_targets(model, config)
         }
+    for name in pairs:
+        if f"{name}.base_layer" in tensors:  # PEFT writes the frozen head along with its adapter
+            base = tensors.pop(f"{name}.base_layer")
+            if not torch.equal(base.to(model.get_submodule(name).weight), model.get_submodule(name).weight):
+                raise ValueError(f"{path} was trained with another {name}.weight than the model's")
     _check(pairs, tensors, fused, Path(path))
     if not layers:
         layers = _adapted(inject(model, config, dtype))

@@ -7,7 +7,8 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin
 
 Schedule = Literal["cosine", "linear"]
 
@@ -31,12 +32,25 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own lora_alpha
 
     def __post_init__(self):
+        _raise_mistyped(self)
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        if isinstance(self.target_modules, str):
+            patterns["target_modules"] = [self.target_modules]
         rules = {
-            f"r must be at least 1, not {self.r}": all(r >= 1 for r in [self.r, *self.rank_pattern.values()]),
+            f"r must be at least 1, not {self.r}": self.r >= 1,
+            f"rank_pattern must hold ranks of at least 1, not {self.rank_pattern}": all(
+                r >= 1 for r in self.rank_pattern.values()
+            ),
+            f"lora_alpha must be finite, not {self.lora_alpha}": math.isfinite(self.lora_alpha),
+            f"alpha_pattern must hold finite numbers, not {self.alpha_pattern}": all(
+                map(math.isfinite, self.alpha_pattern.values())
+            ),
             f"lora_dropout must lie in [0, 1), not {self.lora_dropout}": 0 <= self.lora_dropout < 1,
             "target_modules must name at least one module": bool(self.target_modules),
             "use_dora is not supported yet: leave it False": not self.use_dora,
         }
+        for name, texts in patterns.items():
+            rules |= {f"{name} must hold regular expressions, not {text!r}": _compiles(text) for text in texts}
         _raise_broken(rules)
 
     def rank(self, path: str) -> int:
@@ -86,6 +100,7 @@ class TrainConfig:
     seed: int = 0  # of the order of the data and of dropout
 
     def __post_init__(self):
+        _raise_mistyped(self)
         at_least_one = (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
             "save_total_limit",
@@ -98,13 +113,46 @@ class TrainConfig:
             f"warmup_ratio must lie in [0, 1], not {self.warmup_ratio}": 0 <= self.warmup_ratio <= 1,
             f"num_train_epochs must be positive, not {self.num_train_epochs}": 0 < self.num_train_epochs < math.inf,
             f"max_steps must be -1 or at least 1, not {self.max_steps}": self.max_steps == -1 or self.max_steps >= 1,
-            f"weight_decay must be at least 0, not {self.weight_decay}": self.weight_decay >= 0,
+            f"weight_decay must be at least 0, not {self.weight_decay}": 0 <= self.weight_decay < math.inf,
             f"max_grad_norm must be positive, not {self.max_grad_norm}": self.max_grad_norm > 0,
             f"eval_steps must be at least 0, not {self.eval_steps}": self.eval_steps >= 0,
             f"save_steps must be at least 0, not {self.save_steps}": self.save_steps >= 0,
         }
         rules |= {f"{name} must be at least 1, not {getattr(self, name)}": getattr(self, name) >= 1 for name in at_least_one}
         _raise_broken(rules)
+
+
+def _raise_mistyped(config) -> None:
+    fields = [(f.name, f.type, getattr(config, f.name)) for f in dataclasses.fields(config)]
+    _raise_broken({f"{name} must be {_spelled(kind)}, not {value!r}": _fits(value, kind) for name, kind, value in fields})
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value is of an annotated type; an integer is a float too."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which of them is a rule of its own
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, *get_args(kind)) for item in value)
+    if get_origin(kind) is dict:
+        of_key, of_value = get_args(kind)
+        return isinstance(value, dict) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (NoneType if kind is None else kind)
+
+
+def _spelled(kind) -> str:
+    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _raise_broken(rules: dict[str, bool]) -> None:
@@ -123,10 +171,14 @@ class RunConfig:
     max_seq_length: int = 2048  # tokens that a conversation may have
     output_dir: str | None = None
     overwrite_output_dir: bool = False
-    without_effect: tuple[str, ...] = ()  # keys that were given, and decide nothing here
+    without_effect: list[str] = field(default_factory=list)  # keys that were given, and decide nothing here
+
+    def __post_init__(self):
+        _raise_mistyped(self)
+        _raise_broken({f"max_seq_length must be at least 1, not {self.max_seq_length}": self.max_seq_length >= 1})
 
 
-RUN_KEYS = {"bf16": bool, "max_seq_length": int, "output_dir": str, "overwrite_output_dir": bool}
+RUN_KEYS = ("bf16", "max_seq_length", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]
 # Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.
 DECIDED = {
     "training": {
@@ -148,55 +200,42 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
         ValueError: not TOML, an unknown table or key, a value of the wrong type or out of range; all faults at once.
         FileNotFoundError: there is no such file.
     """
-    tables = _tables(path, Path(path).read_text(encoding="utf-8")) if path else {}
-    for override in overrides:
-        for table, values in _tables(f"--set {override}", override).items():
-            tables[table] = tables.get(table, {}) | values if isinstance(values, dict) else values
+    layers = [_tables(path, Path(path).read_bytes())] if path else []
+    layers += [_tables(f"--set {override}", override.encode()) for override in overrides]
     faults, found, without_effect = [], {}, []
-    for table, values in tables.items():
+    for table, values in (entry for layer in layers for entry in layer.items()):
         if table not in DECIDED or not isinstance(values, dict):
             faults.append(f"{table} is unknown: the tables are [training] and [peft]")
             continue
-        cls = {"training": TrainConfig, "peft": LoraConfig}[table]
-        types = {f.name: f.type for f in dataclasses.fields(cls)} | (RUN_KEYS if table == "training" else {})
+        keys = [field.name for field in dataclasses.fields({"training": TrainConfig, "peft": LoraConfig}[table])]
+        keys += RUN_KEYS if table == "training" else []
         for key, value in values.items():
             if key in DECIDED[table]:
                 allowed = DECIDED[table][key]
                 without_effect.append(f"{table}.{key}")
                 if allowed is not None and value not in allowed:
                     faults.append(f"{table}.{key} must be {' or '.join(map(repr, allowed))}, not {value!r}")
-            elif key not in types:
-                faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted(types.keys() | DECIDED[table].keys()))}")
-            elif not _fits(value, types[key]):
-                faults.append(f"{table}.{key} must be {getattr(types[key], '__name__', types[key])}, not {value!r}")
+            elif key not in keys:
+                faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted([*keys, *DECIDED[table]]))}")
             else:
                 found.setdefault(table, {})[key] = value
     training = found.get("training", {})
-    run = {key: training.pop(key) for key in RUN_KEYS.keys() & training.keys()}
-    for table, cls, values in (("training", TrainConfig, training), ("peft", LoraConfig, found.get("peft", {}))):
+    run = {key: training.pop(key) for key in RUN_KEYS if key in training}
+    parts = {"training": (TrainConfig, training), "peft": (LoraConfig, found.get("peft", {})), "run": (RunConfig, run)}
+    made = {}
+    for table, (cls, values) in parts.items():
         try:
-            run[table] = cls(**values)
+            made[table] = cls(**values)
         except ValueError as error:
-            faults.append(f"[{table}] {error}")
+            faults.append(f"[{'training' if table == 'run' else table}] {error}")
     if faults:
         raise ValueError(f"{path or 'the settings'}:\n  " + "\n  ".join(faults))
-    return RunConfig(**run, without_effect=tuple(without_effect))
+    settings = {"training": made["training"], "peft": made["peft"], "without_effect": sorted(without_effect)}
+    return dataclasses.replace(made["run"], **settings)
 
 
-def _tables(source: Path | str, text: str) -> dict:
+def _tables(source: Path | str, text: bytes) -> dict:
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.decode())
     except ValueError as error:
         raise ValueError(f"{source} must be TOML: {error}") from None
-
-
-def _fits(value, kind) -> bool:
-    if kind is float:
-        return type(value) in (int, float)
-    if kind is Schedule:
-        return isinstance(value, str)
-    if kind == list[str] | str:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-    if kind in (dict[str, int], dict[str, float]):
-        return isinstance(value, dict)
-    return type(value) is kind

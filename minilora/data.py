@@ -111,6 +111,8 @@ def _list(record: dict, key: str) -> list:
 def _field(record: dict, key: str) -> str:
     if not isinstance(record.get(key), str):
         raise ValueError(f'"{key}" must be a text, not {record.get(key)!r}')
+    if any("\ud800" <= character <= "\udfff" for character in record[key]):
+        raise ValueError(f'"{key}" holds half a surrogate pair (\\ud800 to \\udfff), which is no character')
     return record[key]
 
 

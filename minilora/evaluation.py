@@ -33,17 +33,18 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 8,
     """
     if not examples:
         raise ValueError("evaluation needs at least one conversation")
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
     by_length = sorted(examples, key=lambda example: len(example.ids))  # less padding
-    starts = range(0, len(by_length), batch_size)
-    for start in tqdm(starts, desc="evaluate", unit="batch", leave=False, disable=not progress):
-        input_ids, labels = collate(by_length[start : start + batch_size])
-        count = int((labels[:, 1:] != IGNORE).sum())
-        total += model(input_ids.to(device), labels=labels.to(device)).item() * count
-        tokens += count
-    model.train(was_training)
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    total, tokens, was_training = 0.0, 0, model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=not progress):
+            input_ids, labels = collate(batch)
+            count = int((labels[:, 1:] != IGNORE).sum())
+            total += model(input_ids.to(device), labels=labels.to(device)).item() * count
+            tokens += count
+    finally:
+        model.train(was_training)
     loss = total / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)

@@ -52,7 +52,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         if r < 1 or not 0 <= lora_dropout < 1:
             raise ValueError(f"r must be at least 1 and lora_dropout lie in [0, 1), not {r} and {lora_dropout}")
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = scaling(r, lora_alpha, use_rslora)
         self.merged = False
         self._make_adapter(torch.empty(0, dtype=lora_dtype or self.weight.dtype, device=self.weight.device))
@@ -120,14 +120,14 @@ class MergedLinear(Linear):
         out_splits: list[int] | None = None,
         **settings,
     ):
+        if not any(enable_lora):
+            raise ValueError("enable_lora must enable at least one slice; a layer without adapters is nn.Linear")
         out_splits = out_splits or [out_features // len(enable_lora)] * len(enable_lora)
-        if sum(out_splits) != out_features or len(out_splits) != len(enable_lora):
+        if sum(out_splits) != out_features or len(out_splits) != len(enable_lora) or min(out_splits) < 0:
             raise ValueError(
                 f"out_splits must be {len(enable_lora)} sizes (one for each of enable_lora) that add up to out_features = "
                 f"{out_features}, not {list(out_splits)}"
             )
-        if not any(enable_lora):
-            raise ValueError("enable_lora must enable at least one slice; a layer without adapters is nn.Linear")
         self.enable_lora, self.out_splits = list(enable_lora), list(out_splits)
         super().__init__(in_features, out_features, r, **settings)
 

@@ -24,9 +24,13 @@ def merge(model: nn.Module) -> None:
     The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory.
 
     Raises:
-        ValueError: there is no adapter, one is merged already, or a merged weight would not be finite; nothing changes then.
+        ValueError: there is no adapter, one is merged already, a weight is shared with another module, or a merged weight would
+            not be finite; nothing changes then.
     """
     layers, merged = _layers(model, merged=False), {}
+    shared = _shared_weights(model, layers)
+    if shared:
+        raise ValueError(f"a merged weight must be its layer's alone, and these are one weight: {'; '.join(shared)}")
     for path, layer in layers.items():
         weight, delta = layer.weight.detach().clone(), layer.delta()
         widths = [stop - start for start, stop in layer.slices]
@@ -38,6 +42,14 @@ def merge(model: nn.Module) -> None:
         raise ValueError(f"merged weights must be finite; NaN or infinity came out in {', '.join(infinite)}: check the adapter")
     for path, layer in layers.items():
         layer.base_weight, layer.weight.data, layer.merged = layer.weight.data, merged[path], True
+
+
+def _shared_weights(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
+    """For each adapted layer whose weight other modules use too, the names of all."""
+    owners = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    return [" and ".join(owners[layer.weight]) for layer in layers.values() if len(owners[layer.weight]) > 1]
 
 
 @torch.no_grad()

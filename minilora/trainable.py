@@ -15,7 +15,7 @@ def _chosen(model: nn.Module, bias: Bias) -> set[str]:
         raise ValueError(f'bias must be "none", "all" or "lora_only", not {bias!r}')
     names = {name for name, _ in model.named_parameters() if "lora_" in name}
     if bias == "all":
-        names |= {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+        names |= {name for name, _ in model.named_parameters() if "bias" in name}
     if bias == "lora_only":
         layers = {path for path, module in model.named_modules() if isinstance(module, Linear) and module.bias is not None}
         names |= {f"{path}.bias".removeprefix(".") for path in layers}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from minilora.config import TrainConfig
 from minilora.data import Example, collate, shuffled_batches
 from minilora.evaluation import evaluate
 from minilora.kernels.cross_entropy import IGNORE
-from minilora.layers import Linear
 
 
 @dataclass
@@ -52,14 +50,16 @@ def train(
         base: name of the base model, noted in the saved adapters.
 
     Raises:
-        ValueError: there is no data, nothing to train, no adapter to save, or no activation checkpointing to turn on.
+        ValueError: there is no data, nothing to train, something trained that no adapter holds, or no activation checkpointing
+            to turn on.
         FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not dataset or not parameters:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
-    if output_dir and not any(isinstance(module, Linear) for module in model.modules()):
-        raise ValueError("output_dir takes adapters, and the model has none: inject one first")
+    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    if output_dir and lost:
+        raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(lost)}")
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
     total = total_steps(len(dataset), config)
@@ -133,6 +133,7 @@ class _Recorder:
     def __init__(self, model, config: TrainConfig, eval_dataset, folder: Path | None, base, progress: bool):
         self.model, self.config, self.eval_dataset = model, config, eval_dataset
         self.folder, self.base, self.progress = folder, base, progress
+        self.checkpoints = []  # names of this run's, the oldest first
         self.result = TrainResult(steps=0, seconds=0.0, tokens=0)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,9 @@ class _Recorder:
             self._log({"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity})
         if config.save_steps and step % config.save_steps == 0 and not last:
             self.save(f"checkpoint-{step}")
-            self._keep_latest_checkpoints()
+            self.checkpoints.append(f"checkpoint-{step}")
+            if self.folder and len(self.checkpoints) > config.save_total_limit:
+                shutil.rmtree(self.folder / self.checkpoints.pop(0))
 
     def _log(self, line: dict) -> None:
         self.result.log.append(line)
@@ -163,9 +166,3 @@ class _Recorder:
     def save(self, name: str) -> None:
         if self.folder:
             save_adapter(self.model, self.folder / name, self.base)
-
-    def _keep_latest_checkpoints(self) -> None:
-        names = [path.name for path in self.folder.iterdir()] if self.folder else []
-        steps = sorted(int(name.removeprefix("checkpoint-")) for name in names if re.fullmatch(r"checkpoint-\d+", name))
-        for step in steps[: -self.config.save_total_limit]:
-            shutil.rmtree(self.folder / f"checkpoint-{step}")

@@ -25,10 +25,11 @@ class KVCache:
 
     def extend(self, is_token: Tensor) -> Tensor:
         """Makes room for the next columns, is_token (B, T) saying which hold tokens; returns the record so far (B, length)."""
-        start, self.length = self.length, self.length + is_token.shape[1]
-        if self.length > self.is_token.shape[1]:
-            raise ValueError(f"the cache holds {self.is_token.shape[1]} tokens a sequence, and {self.length} were given")
-        self.is_token[:, start : self.length] = is_token
+        length = self.length + is_token.shape[1]
+        if length > self.is_token.shape[1]:
+            raise ValueError(f"the cache holds {self.is_token.shape[1]} tokens a sequence, and {length} were given")
+        self.is_token[:, self.length : length] = is_token
+        self.length = length
         return self.is_token[:, : self.length]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

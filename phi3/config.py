@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 # Fields that this decoder computes in one way only: any other value is another model.
 FIXED = {
@@ -68,11 +70,9 @@ class Phi3Config:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     def _faults(self):
-        sizes = [field.name for field in dataclasses.fields(self) if field.type is int] + ["num_key_value_heads"]
-        sizes += [name for name in ("head_dim", "sliding_window") if getattr(self, name) is not None]
-        wrong = {name: value for name in sizes if type(value := getattr(self, name)) is not int or value < 1}
-        if wrong:  # the checks below would divide by them
-            yield from (f"{name} must be a positive integer, not {value!r}" for name, value in wrong.items())
+        wrong = [fault for field in dataclasses.fields(self) if (fault := _mistyped(field, getattr(self, field.name)))]
+        if wrong:  # the checks below would divide by them, or compare them
+            yield from wrong
             return
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
@@ -84,10 +84,8 @@ class Phi3Config:
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), or head_dim be given"
             )
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
+        if self.partial_rotary_factor > 1 or self.rotary_dim % 2 or not self.rotary_dim:
             yield f"partial_rotary_factor ({self.partial_rotary_factor}) must leave an even share of head_dim to rotate"
-        if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
-            yield f"rms_norm_eps and rope_theta must be positive, not {self.rms_norm_eps} and {self.rope_theta}"
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
             for id_ in ids if isinstance(ids, list) else [ids]:
@@ -141,7 +139,7 @@ class Phi3Config:
             raise ValueError(f"{path} asks for what this decoder does not do: " + "; ".join(faults))
         try:
             return cls(**{name: raw[name] for name in known & raw.keys()} | rope)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def write(self, path: Path | str, dtype: str) -> None:
@@ -154,11 +152,30 @@ class Phi3Config:
         Path(path).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _mistyped(field: dataclasses.Field, value) -> str | None:
+    """What is wrong with a field's value by its type alone."""
+    kind, optional = field.type, type(None) in get_args(field.type)
+    if field.name.endswith("_token_id"):
+        right, must = all(type(id_) is int for id_ in (value if isinstance(value, list) else [value])), "a token id"
+    elif kind is bool:
+        right, must = type(value) is bool, "true or false"
+    elif kind is float:
+        right, must = type(value) in (int, float) and math.isfinite(value) and value > 0, "a positive number"
+    else:
+        right, must = type(value) is int and value >= 1, "a positive integer"
+    if right or (optional and value is None):
+        return None
+    return f"{field.name} must be {must}, not {value!r}"
+
+
 def _rope_fields(raw: dict) -> tuple[dict, list[str]]:
     """Reads both spellings of the rotary settings: transformers 4's `rope_scaling`, transformers 5's `rope_parameters`."""
     fields, faults = {}, []
     for spelling in ("rope_scaling", "rope_parameters"):
         rope = raw.get(spelling) or {}
+        if not isinstance(rope, dict):
+            faults.append(f"{spelling} must be an object or null, not {rope!r}")
+            continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             faults.append(f"{spelling} must be null or of type 'default', not {kind!r}: LongRoPE is not supported yet")
@@ -166,7 +183,8 @@ def _rope_fields(raw: dict) -> tuple[dict, list[str]]:
         for name in ("rope_theta", "partial_rotary_factor"):
             if name not in rope:
                 continue
-            if raw.get(name, rope[name]) != rope[name]:
-                faults.append(f"{name} is {raw[name]} at the top and {rope[name]} in {spelling}: they must agree")
+            for where, value in (("at the top", raw), ("in rope_scaling", fields)):
+                if value.get(name, rope[name]) != rope[name]:
+                    faults.append(f"{name} is {value[name]} {where} and {rope[name]} in {spelling}: they must agree")
             fields[name] = rope[name]
     return fields, faults

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -128,4 +129,5 @@ def save(model: Phi3ForCausalLM, path: Path | str) -> None:
             save_file(tensors, new / SINGLE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder} could not be written ({error}); nothing was left behind") from None
+        shutil.copymode(new / "config.json", new / SINGLE)  # safetensors writes files that only their owner reads
         os.replace(new, folder)

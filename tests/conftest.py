@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from helpers import tiny_config, tiny_model, write_tokenizer
 
 from minilora import phi3
@@ -11,6 +12,9 @@ from minilora import phi3
 # The same examples every run, so that a red test is red for everybody.
 hypothesis.settings.register_profile("minilora", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("minilora")
+
+# The tensors are tiny: on two busy cores a second thread made test_phi3_model.py five times slower (50 s for 10 s).
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,18 @@ def tiny_model(config: Phi3Config, seed: int = 0) -> Phi3ForCausalLM:
     return model
 
 
+def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32):
+    """The Phi3ForCausalLM of transformers with the weights in folder, which must be all that it needs and no more."""
+    import transformers  # takes seconds, which tests without it are spared
+
+    transformers.utils.logging.disable_progress_bar()
+    theirs, info = transformers.Phi3ForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return theirs.eval()
+
+
 def write_tokenizer(folder: Path, template: str = CHATML, **settings) -> None:
     """Writes a byte-level tokenizer without merges (a token a byte) with ChatML's tokens; settings go to its config."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

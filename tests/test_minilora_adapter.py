@@ -153,16 +153,19 @@ def test_adapters_load_in_the_dtype_that_is_asked_for(tmp_path, saved, dtype, lo
         assert torch.equal(found[path].lora_B, layer.lora_B.to(loaded))
 
 
-def test_layers_made_by_hand_are_saved_and_loaded_as_injected_ones(tmp_path):
+@named("use_rslora", [False, True])
+def test_layers_made_by_hand_are_saved_and_loaded_as_injected_ones(tmp_path, use_rslora):
     def network():
-        torch.manual_seed(0)
-        return nn.Sequential(lora.Linear(6, 8, r=2, lora_alpha=3), nn.ReLU(), lora.Linear(8, 4, r=2, lora_alpha=3))
+        settings = {"r": 2, "lora_alpha": 3, "use_rslora": use_rslora}
+        return nn.Sequential(lora.Linear(6, 8, **settings), nn.ReLU(), lora.Linear(8, 4, **settings))
 
     source, target = network(), network()
     fill([source[0].lora_B, source[2].lora_B])
     lora.save_adapter(source, tmp_path / "adapter")
     lora.load_adapter(target, tmp_path / "adapter")
     assert_same_adapter(target, source)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    assert [layer.scaling for layer in layers(lora.load_adapter(plain, tmp_path / "adapter")).values()] == [source[0].scaling] * 2
 
 
 class Nested(nn.Module):

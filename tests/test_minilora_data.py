@@ -86,7 +86,7 @@ TOOL = {"role": "tool", "content": "x"}
 FAULTS = {
     "no JSON": ("{", "Expecting property name"),
     "no object": ([GOOD], "a line must hold a JSON object, not a list"),
-    "another shape": ({"prompt": "a", "x": "b"}, """must have "messages", "conversations" or "instruction", and has 'prompt', 'x'"""),
+    "another shape": ({"prompt": ""}, """must have "messages", "conversations" or "instruction", and has 'prompt'"""),
     "no key": ({}, "and has no key"),
     "no list": ({"messages": USER}, '"messages" must be a list of objects'),
     "no objects": ({"messages": ["hi"]}, '"messages" must be a list of objects'),

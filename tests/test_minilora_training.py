@@ -110,11 +110,11 @@ def test_accumulated_batches_train_as_one_batch_of_their_size():
         (8, {"per_device_train_batch_size": 2, "num_train_epochs": 2.5}, 10),
         (8, {"per_device_train_batch_size": 2, "num_train_epochs": 0.01}, 1),
         (8, {"per_device_train_batch_size": 2, "max_steps": 3}, 3),
-        (8, {"per_device_train_batch_size": 2, "max_steps": 100}, 4),
+        (8, {"per_device_train_batch_size": 2, "max_steps": 100}, 100),
         (1, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}, 1),
     ],
 )
-def test_a_run_has_the_steps_of_its_epochs_or_max_steps_if_that_is_less(examples, settings, steps):
+def test_a_run_has_max_steps_or_else_the_steps_of_its_epochs(examples, settings, steps):
     assert total_steps(examples, lora.TrainConfig(**settings)) == steps
 
 
@@ -126,22 +126,20 @@ def test_the_rate_rises_by_equal_parts_and_then_falls_as_in_transformers(kind, t
     warmup = math.ceil(warmup_ratio * total)
     make = {"cosine": transformers.get_cosine_schedule_with_warmup, "linear": transformers.get_linear_schedule_with_warmup}[kind]
     law = make(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup, total).lr_lambdas[0]
-    for step in range(total + 1):
-        if step < warmup:
-            assert rate(step, total, settings) == pytest.approx((step + 1) / warmup)
-        else:
-            assert rate(step, total, settings) == pytest.approx(law(step), abs=1e-12)
+    for step in range(total):
+        expected = (step + 1) / warmup if step < warmup else law(step)
+        assert rate(step, total, settings) == pytest.approx(expected, abs=1e-12)
+    assert rate(total, total, settings) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_the_rate_reaches_its_peak_once_and_ends_at_zero(kind):
+def test_the_rate_rises_to_its_peak_and_falls_from_it(kind):
     settings = lora.TrainConfig(lr_scheduler_type=kind, warmup_ratio=0.3)
-    rates = [rate(step, 20, settings) for step in range(21)]
-    assert rates[:7] == sorted(rates[:7])
+    rates = [rate(step, 20, settings) for step in range(20)]
+    assert rates[:6] == sorted(rates[:6])
     assert rates[6:] == sorted(rates[6:], reverse=True)
-    assert rates[0] > 0
     assert max(rates) == rates[5] == 1
-    assert rates[20] == pytest.approx(0, abs=1e-12)
+    assert all(0 < rate <= 1 for rate in rates)  # no step is wasted
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
@@ -158,9 +156,10 @@ def test_every_step_is_taken_at_the_rate_of_the_schedule(kind):
 
 def test_a_memorisable_set_is_memorised():
     dataset = examples(4)
-    model = adapted(target_modules=["q_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"], r=8, lora_alpha=16)
+    # With the head: a frozen one bounds the logits, and the loss from below.
+    model = adapted(target_modules=["q_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"], r=8, lora_alpha=16)
     before = lora.evaluate(model, dataset, progress=False).loss
-    result = train(model, dataset, learning_rate=2e-2, per_device_train_batch_size=4, num_train_epochs=60)
+    result = train(model, dataset, learning_rate=2e-2, per_device_train_batch_size=4, num_train_epochs=40)
     after = lora.evaluate(model, dataset, progress=False).loss
     assert result.log[0]["loss"] == pytest.approx(before, rel=1e-3)
     assert before > 4
@@ -207,7 +206,7 @@ def test_evaluations_and_saves_do_not_change_a_run(tmp_path):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradient_checkpointing_computes_every_layer_again_and_changes_no_bit(gradient_checkpointing):
     plain, model, forwards = adapted(lora_dropout=0.3), adapted(lora_dropout=0.3), []
-    model.model.layers[0].register_forward_hook(lambda *_: forwards.append(None))
+    model.model.layers[0].register_forward_pre_hook(lambda *_: forwards.append(None))
     train(plain, max_steps=3)
     train(model, max_steps=3, gradient_checkpointing=gradient_checkpointing)
     assert len(forwards) == (6 if gradient_checkpointing else 3)

@@ -1,0 +1,299 @@
+"""Reading config.json: what is supported is read exactly, everything else is refused by name."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import transformers
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.phi3.config import FIXED, Phi3Config
+
+MINI = {
+    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "head_dim": 96, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "sliding_window": 2047,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000,
+}  # fmt: skip
+MEDIUM = {
+    "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
+    "num_key_value_heads": 10, "head_dim": 128,
+}  # fmt: skip
+PHI4 = {
+    "vocab_size": 100352, "max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "rope_theta": 250000,
+    "sliding_window": None, "bos_token_id": 100257, "eos_token_id": 100257, "pad_token_id": 100257,
+}  # fmt: skip
+
+
+def write_raw(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_type": "phi3"} | fields), encoding="utf-8")
+    return path
+
+
+def test_absent_fields_take_the_defaults_of_transformers(tmp_path):
+    config, theirs = Phi3Config.read(write_raw(tmp_path)), transformers.Phi3Config()
+    assert config == Phi3Config()
+    assert (config.head_dim, config.num_key_value_heads) == (96, 32)
+    ours = dataclasses.asdict(config)
+    rope = {name: ours.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    assert rope | {"rope_type": "default"} == theirs.rope_parameters
+    for name in ("head_dim", "original_max_position_embeddings"):  # derived, and of LongRoPE only
+        del ours[name]
+    assert {name: getattr(theirs, name) for name in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Phi-3-mini-4k-instruct", MINI), ("Phi-3-medium-4k-instruct", MINI | MEDIUM), ("phi-4", MINI | MEDIUM | PHI4)],
+)
+def test_the_published_configs_without_longrope_are_read(shared, name, expected):
+    assert dataclasses.asdict(Phi3Config.read(shared / "configs" / f"{name}.json")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("Phi-3.5-mini-instruct", "longrope"), ("Phi-4-mini-instruct", "longrope"), ("Phi-3-vision-128k-instruct.text", "su")],
+)
+def test_the_published_configs_with_longrope_are_refused_by_name(shared, name, kind):
+    path = shared / "configs" / f"{name}.json"
+    message = f"{path} asks for what this decoder does not do: rope_scaling must be null or of type 'default', not '{kind}'"
+    with pytest.raises(ValueError, match=re.escape(message) + ": LongRoPE is not supported yet$"):
+        Phi3Config.read(path)
+
+
+def test_sizes_of_the_stacked_projections_follow_the_heads():
+    config = tiny_config(num_attention_heads=6, num_key_value_heads=2, head_dim=10, intermediate_size=7)
+    assert list(config.qkv_sizes.items()) == [("q_proj", 60), ("k_proj", 20), ("v_proj", 20)]
+    assert list(config.gate_up_sizes.items()) == [("gate_proj", 7), ("up_proj", 7)]
+    assert tiny_config(head_dim=10, partial_rotary_factor=0.45).rotary_dim == 4
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", [{"rope_type": "default"}, {"type": "default"}, {}])
+def test_both_spellings_of_the_rotary_settings_are_read(tmp_path, spelling, kind):
+    rope = {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    config = Phi3Config.read(write_raw(tmp_path, **{spelling: kind | rope}))
+    assert (config.rope_theta, config.partial_rotary_factor) == (500.0, 0.5)
+
+
+def test_rotary_settings_at_the_top_are_read(tmp_path):
+    config = Phi3Config.read(write_raw(tmp_path, rope_theta=500.0, partial_rotary_factor=0.5, rope_scaling=None))
+    assert (config.rope_theta, config.partial_rotary_factor) == (500.0, 0.5)
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_rotary_settings_that_disagree_are_refused(tmp_path, spelling):
+    fields = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, spelling: {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}
+    with pytest.raises(ValueError, match="asks for what") as raised:
+        Phi3Config.read(write_raw(tmp_path, **fields))
+    for fault in ("rope_theta is 10000.0 at the top and 500000.0 in", "partial_rotary_factor is 1.0 at the top and 0.5 in"):
+        assert f"{fault} {spelling}: they must agree" in str(raised.value)
+
+
+def test_rotary_settings_that_disagree_between_the_spellings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="rope_theta"):
+        Phi3Config.read(write_raw(tmp_path, rope_scaling={"rope_theta": 1e4}, rope_parameters={"rope_theta": 5e5}))
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear", "dynamic"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_every_other_kind_of_rotary_embedding_is_refused(tmp_path, spelling, kind, key):
+    with pytest.raises(ValueError, match=f"{spelling} must be null or of type 'default', not '{kind}'"):
+        Phi3Config.read(write_raw(tmp_path, **{spelling: {key: kind}}))
+
+
+OTHER_MODELS = {
+    "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "lm_head_bias": True, "attention_dropout": 0.1,
+    "embd_pdrop": 0.1, "resid_pdrop": 0.1, "full_attn_mod": 2, "interpolate_factor": 2, "pretraining_tp": 2, "is_decoder": "yes",
+    "is_encoder_decoder": True, "add_cross_attention": True, "quantization_config": {"bits": 4},
+    "layer_types": ["full_attention"],
+}  # fmt: skip
+
+
+def test_every_fixed_field_is_tried():
+    assert OTHER_MODELS.keys() == FIXED.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER_MODELS.items())
+def test_a_field_that_makes_it_another_model_is_refused(tmp_path, name, value):
+    allowed = " or ".join(map(repr, FIXED[name]))
+    with pytest.raises(ValueError, match=re.escape(f"asks for what this decoder does not do: {name} must be {allowed}, not {value!r}")):
+        Phi3Config.read(write_raw(tmp_path, **{name: value}))
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fixed_field_at_its_value_is_accepted(tmp_path, name):
+    for value in FIXED[name]:
+        assert Phi3Config.read(write_raw(tmp_path, **{name: value})) == Phi3Config()
+
+
+def test_all_that_is_unknown_or_refused_is_told_at_once(tmp_path):
+    with pytest.raises(ValueError, match="asks for what this decoder does not do") as raised:
+        Phi3Config.read(write_raw(tmp_path, mup_width=2, hidden_act="gelu", rope_scaling={"type": "su"}, attn_bias_scale=1))
+    for fault in (
+        "mup_width is unknown, and may change what the model computes",
+        "attn_bias_scale is unknown",
+        "hidden_act must be 'silu', not 'gelu'",
+        "rope_scaling must be null",
+    ):
+        assert fault in str(raised.value)
+
+
+def test_notes_and_fields_without_effect_are_let_through(tmp_path):
+    notes = {"_name_or_path": "x", "_source": "y", "use_cache": False, "torch_dtype": "bfloat16", "transformers_version": "9"}
+    assert Phi3Config.read(write_raw(tmp_path, **notes)) == Phi3Config()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("phi3small", "Phi-3-small is another architecture (block-sparse attention)"),
+        ("llama", "this is a Phi-3 decoder"),
+        (None, "this is a Phi-3 decoder"),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, model_type, why):
+    with pytest.raises(ValueError, match=re.escape(f'model_type must be "phi3", not {model_type!r}: {why}')):
+        Phi3Config.read(write_raw(tmp_path, model_type=model_type))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "must be JSON"), ("[1]", "must hold a JSON object, not a list"), (b"\xff", "must be JSON")])
+def test_what_is_no_json_object_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape(f"{path} {message}")):
+        Phi3Config.read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "config.json"))):
+        Phi3Config.read(tmp_path / "config.json")
+
+
+def test_all_contradictions_are_told_at_once():
+    with pytest.raises(ValueError, match="^Phi3Config: ") as raised:
+        Phi3Config(
+            hidden_size=33, num_attention_heads=4, num_key_value_heads=3, partial_rotary_factor=1.5, rms_norm_eps=0.0,
+            vocab_size=10, bos_token_id=-1, eos_token_id=[3, 10], pad_token_id=None,
+        )  # fmt: skip
+    assert str(raised.value).removeprefix("Phi3Config: ").split("; ") == [
+        "num_attention_heads (4) must be a multiple of num_key_value_heads (3)",
+        "hidden_size (33) must be a multiple of num_attention_heads (4), or head_dim be given",
+        "partial_rotary_factor (1.5) must leave an even share of head_dim to rotate",
+        "rms_norm_eps and rope_theta must be positive, not 0.0 and 10000.0",
+        "bos_token_id -1 must lie within the vocabulary of 10",
+        "eos_token_id 10 must lie within the vocabulary of 10",
+    ]
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "sliding_window",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -1, 2.0, "8", True])
+def test_a_size_must_be_a_positive_integer(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a positive integer, not {value!r}")):
+        Phi3Config(**{name: value})
+
+
+def test_all_wrong_sizes_are_told_at_once():
+    with pytest.raises(ValueError, match="Phi3Config") as raised:
+        Phi3Config(**dict.fromkeys(SIZES, 0))
+    assert all(f"{name} must be a positive integer" in str(raised.value) for name in SIZES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_theta", "10000"),
+        ("rope_theta", None),
+        ("rope_theta", float("nan")),
+        ("rope_theta", float("inf")),
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", float("nan")),
+        ("partial_rotary_factor", "all"),
+        ("partial_rotary_factor", float("nan")),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", ["default"]),
+        ("tie_word_embeddings", "false"),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", 1.5),
+        ("pad_token_id", [1]),
+        ("original_max_position_embeddings", "4096"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_the_name_of_its_field(tmp_path, name, value):
+    path = write_raw(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=re.escape(str(path)) + f".*{name}"):
+        Phi3Config.read(path)
+
+
+@st.composite
+def configs(draw):
+    kv, groups = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    half = draw(st.integers(1, 16))
+    vocabulary = draw(st.integers(2, 50000))
+    ids = st.none() | st.integers(0, vocabulary - 1)
+    return Phi3Config(
+        vocab_size=vocabulary,
+        hidden_size=kv * groups * 2 * half,
+        intermediate_size=draw(st.integers(1, 99)),
+        num_hidden_layers=draw(st.integers(1, 9)),
+        num_attention_heads=kv * groups,
+        num_key_value_heads=draw(st.sampled_from([kv, None])),
+        head_dim=draw(st.sampled_from([None, 8, 20])),
+        max_position_embeddings=draw(st.integers(1, 99999)),
+        original_max_position_embeddings=draw(st.integers(1, 99999)),
+        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
+        rope_theta=draw(st.sampled_from([10000.0, 250000.0, 7.5])),
+        sliding_window=draw(st.none() | st.integers(1, 9999)),
+        tie_word_embeddings=draw(st.booleans()),
+        bos_token_id=draw(ids),
+        eos_token_id=draw(ids | st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=3)),
+        pad_token_id=draw(ids),
+    )
+
+
+@given(config=configs(), dtype=st.sampled_from(["bfloat16", "float32"]))
+def test_write_then_read_is_the_identity_and_transformers_reads_the_same(tmp_path_factory, config, dtype):
+    folder = tmp_path_factory.mktemp("config")
+    config.write(folder / "config.json", dtype)
+    assert Phi3Config.read(folder / "config.json") == config
+    theirs = transformers.Phi3Config.from_pretrained(folder)
+    ours = dataclasses.asdict(config)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        assert theirs.rope_parameters[name] == ours.pop(name)
+    assert {name: getattr(theirs, name) for name in ours} == ours
+    assert str(theirs.dtype) == f"torch.{dtype}"
+
+
+def test_an_absent_original_length_is_written_as_the_length_itself(tmp_path):
+    tiny_config(max_position_embeddings=77).write(tmp_path / "config.json", "float32")
+    assert json.loads((tmp_path / "config.json").read_text())["original_max_position_embeddings"] == 77
+
+
+def test_partial_rotation_survives_writing_and_transformers(tmp_path):
+    config = tiny_config(head_dim=8, partial_rotary_factor=0.5, original_max_position_embeddings=1024)
+    config.write(tmp_path / "config.json", "float32")
+    assert Phi3Config.read(tmp_path / "config.json") == config
+    theirs = transformers.Phi3Config.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["partial_rotary_factor"] == 0.5
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert Phi3Config.read(tmp_path / "theirs" / "config.json") == config
+
+
+@given(configs())
+def test_what_transformers_writes_is_read(tmp_path_factory, config):
+    folder = tmp_path_factory.mktemp("config")
+    fields = dataclasses.asdict(config)
+    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")} | {"rope_type": "default"}
+    transformers.Phi3Config(**fields, rope_parameters=rope).save_pretrained(folder)
+    assert Phi3Config.read(folder / "config.json") == config

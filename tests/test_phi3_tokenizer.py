@@ -1,0 +1,331 @@
+"""Tokenizers, chat templates and the mask of what an assistant learns, on bytes and on the published Phi-3 tokenizers."""
+
+import json
+import re
+import shutil
+
+import pytest
+from helpers import CHATML, SPECIAL, write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as TokenizerFile
+from tokenizers.processors import TemplateProcessing
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from minilora import phi3
+from minilora.phi3.tokenizer import TOKENIZER_FILES
+
+END = SPECIAL["<|im_end|>"]
+HELLO = [{"role": "user", "content": "Hello"}]
+pieces = st.sampled_from([" ", "  ", "\n", "\t", "Hello", "é", "😶‍🌫️", "<|", "|>", "<|end", "assistant", "0"]) | st.text(max_size=4)
+texts = st.lists(pieces, max_size=6).map("".join).filter(lambda text: not re.search(r"<\|\w+\|>|<s>|</s>|<unk>|▁", text))
+conversations = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)  # (user, assistant) turns
+
+
+def messages_of(turns):
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_tokenizer):
+    return phi3.load_tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module", params=["phi-3-mini", "phi-3"])
+def published(request, shared, tmp_path_factory) -> tuple[str, phi3.Tokenizer]:
+    """The name of a published tokenizer, and the tokenizer with the generation_config.json that belongs to it."""
+    folder = tmp_path_factory.mktemp("published") / request.param
+    shutil.copytree(shared / "tokenizers" / request.param, folder)
+    shutil.copyfile(shared / "configs" / "Phi-3-mini-4k-instruct.generation_config.json", folder / "generation_config.json")
+    return request.param, phi3.load_tokenizer(folder)
+
+
+def change_settings(folder, **settings):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings), encoding="utf-8")
+
+
+@given(st.text())
+def test_decode_undoes_encode(tiny, text):
+    assert tiny.decode(tiny.encode(text)) == text
+
+
+def test_a_special_token_is_one_id_and_is_left_out_of_the_text(tiny):
+    ids = tiny.encode("<|im_start|>é<|im_end|>")
+    assert (ids[0], len(ids), ids[-1]) == (SPECIAL["<|im_start|>"], 4, END)
+    assert tiny.decode(ids) == "é"
+    assert tiny.special_texts == set(SPECIAL)
+
+
+def test_nothing_is_added_to_a_text_on_its_own(tmp_path):
+    write_tokenizer(tmp_path)
+    file = TokenizerFile.from_file(str(tmp_path / "tokenizer.json"))
+    file.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)])
+    file.save(str(tmp_path / "tokenizer.json"))
+    assert file.encode("a").ids[0] == 256  # what the file itself would do
+    assert len(phi3.load_tokenizer(tmp_path).encode("a")) == 1
+
+
+def test_known_encodings_of_the_published_tokenizers(published):
+    expected = {
+        "phi-3-mini": [32010, 15043, 32007, 32001],
+        "phi-3": [32010, 29871, 13, 10994, 32007, 29871, 13, 32001, 29871, 13],
+    }
+    name, tokenizer = published
+    assert tokenizer.encode("<|user|>\nHello<|end|>\n<|assistant|>\n") == expected[name]
+    assert tokenizer.stop_ids == {32000, 32001, 32007}
+
+
+def test_golden_texts_of_llama_cpp_encode_as_there(shared):
+    tokenizer = phi3.load_tokenizer(shared / "tokenizers" / "phi-3-mini")
+    golden = shared / "tokenizers" / "golden"
+    given = (golden / "phi-3.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    expected = [list(map(int, line.split())) for line in (golden / "phi-3.out").read_text().split("\n")]
+    assert (given.pop(), expected.pop()) == ("", [])
+    assert len(given) == 46
+    for text, ids in zip(given, expected, strict=True):
+        assert tokenizer.encode(text) == ids, repr(text)
+
+
+@given(conversations, st.booleans())
+def test_rendering_equals_that_of_transformers(published, turns, open_answer):
+    _, tokenizer = published
+    assert_renders_as_transformers(tokenizer, messages_of(turns), open_answer)
+
+
+@pytest.mark.parametrize("template_of", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("open_answer", [False, True])
+def test_rendering_of_phi_4_mini_equals_that_of_transformers(shared, tmp_path, template_of, open_answer):
+    write_tokenizer(tmp_path)
+    for name in ("tokenizer_config.json", template_of):
+        shutil.copyfile(shared / "tokenizers" / "phi-4-mini" / name, tmp_path / name)
+    tokenizer = phi3.load_tokenizer(tmp_path)
+    assert ("AI math expert" in tokenizer.template) == (template_of == "chat_template.jinja")
+    system = {"role": "system", "content": "Answer \n briefly. "}
+    assert_renders_as_transformers(tokenizer, [system, *HELLO, {"role": "assistant", "content": "Hi"}], open_answer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n  <u>{{ m.content | trim }}\n    {% endif %}\n\n{% endfor %}\nend\n",
+        "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m['content'] }}{% endfor %}{{ unknown }}",
+        "{% if tools is not none %}tools{% endif %}{{ bos_token }}|{{ eos_token }}|{{ messages | length }}",
+        "  {% set ns = namespace(n=0) %}  \n  {# a note #}\n{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}\n\n",
+    ],
+)
+def test_trimming_and_extensions_are_those_of_transformers(tmp_path, template):
+    write_tokenizer(tmp_path, template)
+    messages = [*HELLO, {"role": "assistant", "content": " Hi <b> & 'you' "}]
+    assert_renders_as_transformers(phi3.load_tokenizer(tmp_path), messages, True)
+
+
+def assert_renders_as_transformers(tokenizer, messages, open_answer):
+    special = {name: text for name, text in tokenizer.special.items() if isinstance(text, str)}
+    expected = render_jinja_template(
+        [messages], chat_template=tokenizer.template, add_generation_prompt=open_answer, **special
+    )[0]
+    assert tokenizer.render(messages, add_generation_prompt=open_answer) == expected[0]
+
+
+def test_a_prompt_ends_with_the_opening_of_the_answer(tiny):
+    ids = tiny.encode_prompt(HELLO)
+    assert ids == tiny.encode("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__subclasses__() }}",
+        "{{ self.__init__.__globals__ }}",
+        "{% set x = messages.append(1) %}",
+        "{% set x = messages[0].update({'content': 'y'}) %}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+    ],
+)
+def test_a_template_that_reaches_out_of_the_sandbox_is_refused(tmp_path, template):
+    write_tokenizer(tmp_path, template)
+    with pytest.raises(ValueError, match="^the chat template cannot render this conversation: .*(unsafe|not safely callable)"):
+        phi3.load_tokenizer(tmp_path).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages | nosuchfilter }}", "No filter named 'nosuchfilter'"),
+        ("{{ nosuchfunction() }}", "'nosuchfunction' is undefined"),
+        ("{{ messages + 1 }}", "can only concatenate list"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{{ 'a'.index('b') }}", "not found"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+    ],
+)
+def test_a_template_that_fails_or_refuses_is_an_error_with_its_reason(tmp_path, template, reason):
+    write_tokenizer(tmp_path, template)
+    with pytest.raises(ValueError, match="^the chat template cannot render this conversation: .*" + re.escape(reason)):
+        phi3.load_tokenizer(tmp_path).render(HELLO)
+
+
+@given(conversations)
+def test_the_assistant_learns_exactly_its_contents_and_end_tokens(tiny, turns):
+    ids, mask = tiny.encode_chat(messages_of(turns))
+    learnt = [id_ for id_, learn in zip(ids, mask, strict=True) if learn]
+    assert learnt == tiny.encode("".join(answer + "<|im_end|>" for _, answer in turns))
+    assert ids == tiny.encode(tiny.render(messages_of(turns)))
+
+
+@given(conversations)
+def test_the_assistant_of_phi_3_learns_what_stands_between_its_role_and_its_end(published, turns):
+    name, tokenizer = published
+    text, spans = "<s>" if name == "phi-3" else "", []
+    for question, answer in turns:
+        text += f"<|user|>\n{question}<|end|>\n<|assistant|>\n"
+        spans.append(range(len(text), len(text + answer + "<|end|>")))
+        text += f"{answer}<|end|>\n"
+    text += "<|endoftext|>" if name == "phi-3-mini" else ""
+    encoded = tokenizer.file.encode(text, add_special_tokens=False)
+    ids, mask = tokenizer.encode_chat(messages_of(turns))
+    assert ids == encoded.ids
+    assert mask == [any(start in span for span in spans) for start, _ in encoded.offsets]
+    answers = [[]]
+    for id_, learn in zip(ids, mask, strict=True):
+        if learn and id_ == 32007:
+            answers.append([])
+        elif learn:
+            answers[-1].append(id_)
+    assert answers.pop() == []  # each turn ends with its end token
+    for learnt, (_, answer) in zip(answers, turns, strict=True):
+        if name == "phi-3":
+            assert tokenizer.decode(learnt) == answer.removeprefix(" ")  # as SentencePiece decodes any text
+        else:  # the role token swallows white space
+            assert tokenizer.decode(learnt).lstrip() == answer.lstrip()
+
+
+def test_a_system_message_is_not_learnt(tiny):
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO, {"role": "assistant", "content": "Hi"}]
+    ids, mask = tiny.encode_chat(messages)
+    assert [id_ for id_, learn in zip(ids, mask, strict=True) if learn] == [*tiny.encode("Hi"), END]
+
+
+def test_an_assistant_that_speaks_first_is_learnt(tiny):
+    ids, mask = tiny.encode_chat([{"role": "assistant", "content": "Hi"}, *HELLO])
+    assert [id_ for id_, learn in zip(ids, mask, strict=True) if learn] == [*tiny.encode("Hi"), END]
+
+
+def test_without_an_assistant_nothing_is_learnt(tiny):
+    ids, mask = tiny.encode_chat(HELLO)
+    assert mask == [False] * len(ids)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+@pytest.mark.parametrize("token", SPECIAL)
+def test_a_text_that_spells_a_special_token_is_refused(tiny, role, token):
+    with pytest.raises(ValueError, match=re.escape(f"{role} text spells the special token {token}: remove it from the text")):
+        tiny.encode_chat([*HELLO, {"role": role, "content": f"so {token}!"}])
+
+
+def test_an_end_in_a_later_turn_does_not_end_this_one(tmp_path):
+    # <|im_end|> ends turns here, but only the final <|endoftext|> is known to end an answer: what follows a turn is not its own.
+    write_tokenizer(tmp_path, CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", eos_token="<|endoftext|>")
+    tokenizer = phi3.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"the chat template ends turn 2 with none of the stop tokens \[256\]"):
+        tokenizer.encode_chat(messages_of([("a", "b"), ("secret", "d")]))
+
+
+def test_a_turn_without_any_end_is_refused(tmp_path):
+    write_tokenizer(tmp_path, "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}")
+    with pytest.raises(ValueError, match=r"the chat template ends turn 2 with none of the stop tokens \[258\]"):
+        phi3.load_tokenizer(tmp_path).encode_chat(messages_of([("a", "b")]))
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tmp_path):
+    rewriting = "{% for m in messages %}{{ loop.revindex | string + m.content + '<|im_end|>' }}{% endfor %}"
+    write_tokenizer(tmp_path, rewriting)
+    with pytest.raises(ValueError, match="the chat template writes what precedes turn 2 otherwise once the turn is there"):
+        phi3.load_tokenizer(tmp_path).encode_chat(messages_of([("a", "b")]))
+
+
+def test_chat_template_jinja_comes_before_that_of_the_settings(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ 'ö' }}", encoding="utf-8")
+    assert phi3.load_tokenizer(tmp_path).render(HELLO) == "ö"
+
+
+def test_the_default_of_several_templates_is_taken(tmp_path):
+    write_tokenizer(tmp_path)
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
+    change_settings(tmp_path, chat_template=named)
+    assert phi3.load_tokenizer(tmp_path).render(HELLO) == "yes"
+
+
+@pytest.mark.parametrize("template", [None, [], [{"name": "rag", "template": "no"}], ""])
+def test_a_tokenizer_without_a_template_is_refused(tmp_path, template):
+    write_tokenizer(tmp_path)
+    change_settings(tmp_path, chat_template=template)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} has no chat template: give chat_template.jinja, or")):
+        phi3.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "expected"),
+    [
+        ({}, {}, {258}),
+        ({}, {"eos_token": {"content": "<|im_end|>", "special": True}}, {258}),
+        ({"config.json": 3}, {}, {3, 258}),
+        ({"config.json": 3, "generation_config.json": [4, 5]}, {}, {4, 5, 258}),
+        ({"config.json": [3], "generation_config.json": None}, {}, {3, 258}),
+        ({"config.json": 3}, {"eos_token": None}, {3}),
+        ({"config.json": 3}, {"eos_token": "not in the vocabulary"}, {3}),
+    ],
+)
+def test_answers_end_at_any_id_that_the_checkpoint_names(tmp_path, files, settings, expected):
+    write_tokenizer(tmp_path)
+    change_settings(tmp_path, **settings)
+    for name, ids in files.items():
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
+    assert phi3.load_tokenizer(tmp_path).stop_ids == expected
+
+
+@pytest.mark.parametrize("eos", [None, "not in the vocabulary"])
+def test_a_tokenizer_without_an_end_of_answers_is_refused(tmp_path, eos):
+    write_tokenizer(tmp_path)
+    change_settings(tmp_path, eos_token=eos)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} names no token that ends an answer: give eos_token in")):
+        phi3.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} must hold {name}")):
+        phi3.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        phi3.load_tokenizer(tmp_path)
+
+
+def test_a_copied_tokenizer_is_the_same_and_brings_no_other_file(tmp_path, tiny_tokenizer):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(tiny_tokenizer, source)
+    target.mkdir()
+    (source / "chat_template.jinja").write_text("{{ 'other' }}")
+    (source / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    (source / "model.safetensors").write_bytes(b"weights")
+    phi3.copy_tokenizer(source, target)
+    copied = {path.name for path in target.iterdir()}
+    assert copied == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(TOKENIZER_FILES)
+    ours, theirs = phi3.load_tokenizer(target), phi3.load_tokenizer(source)
+    assert (ours.template, ours.special, ours.stop_ids) == (theirs.template, theirs.special, theirs.stop_ids)
+    assert ours.file.to_str() == theirs.file.to_str()
