@@ -26,41 +26,38 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _loss_and_gradients(head, x: Tensor, labels: Tensor, wanted: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss, and its gradient by each wanted tensor: x itself or parameters of the head."""
+    loss, gradients = _at_least_float32(x.new_zeros(())), [torch.zeros_like(tensor) for tensor in wanted]
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        chunk = x[rows].detach().requires_grad_()
+        with torch.set_grad_enabled(bool(wanted)):
+            share = F.cross_entropy(_at_least_float32(head(chunk)), labels[rows], reduction="sum") / len(x)
+        loss += share.detach()
+        if wanted:
+            found = torch.autograd.grad(share, [chunk if tensor is x else tensor for tensor in wanted])
+            for tensor, gradient, part in zip(wanted, gradients, found, strict=True):
+                (gradient[rows] if tensor is x else gradient).add_(part)
+    return loss, gradients
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Finds the loss and its gradient by x and by the head's parameters in one pass; backward scales them."""
+    """Finds the loss and its gradients by x and by the head's parameters in one pass; backward scales them."""
 
     @staticmethod
-    def forward(ctx, head, x, labels, *parameters):
-        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]  # indices into forward's arguments
-        inputs = (head, x, labels, *parameters)
-        dx = torch.empty_like(x) if 1 in ctx.wanted else None
-        others = [inputs[i] for i in ctx.wanted if i != 1]
-        gradients = [torch.zeros_like(p) for p in others]
-        total = _at_least_float32(x.new_zeros(()))
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
-            chunk = x[rows].detach().requires_grad_(dx is not None)
-            with torch.set_grad_enabled(bool(ctx.wanted)):
-                loss = F.cross_entropy(_at_least_float32(head(chunk)), labels[rows], reduction="sum") / len(x)
-            total += loss.detach()
-            if not ctx.wanted:
-                continue
-            found = list(torch.autograd.grad(loss, ([] if dx is None else [chunk]) + others))
-            if dx is not None:
-                dx[rows] = found.pop(0)
-            for gradient, part in zip(gradients, found, strict=True):
-                gradient += part
-        ctx.save_for_backward(*([] if dx is None else [dx]), *gradients)
-        ctx.count = len(inputs)
-        return total
+    def forward(ctx, head, labels, *inputs):
+        ctx.needed = ctx.needs_input_grad[2:]
+        wanted = [tensor for tensor, needed in zip(inputs, ctx.needed, strict=True) if needed]
+        loss, gradients = _loss_and_gradients(head, inputs[0], labels, wanted)
+        ctx.save_for_backward(*gradients)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        result = [None] * ctx.count
-        for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
-            result[i] = gradient * dloss
-        return tuple(result)
+        gradients = iter(ctx.saved_tensors)
+        return None, None, *(next(gradients) * dloss if needed else None for needed in ctx.needed)
 
 
 def head_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -80,4 +77,6 @@ def head_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     target = labels != IGNORE
     if not target.any():
         raise ValueError(f"every label is {IGNORE} (ignored): a loss needs at least one target token")
-    return _HeadCrossEntropy.apply(head, x[target], labels[target], *head.parameters())
+    if not torch.is_grad_enabled():
+        return _loss_and_gradients(head, x[target], labels[target], wanted=[])[0]
+    return _HeadCrossEntropy.apply(head, labels[target], x[target], *head.parameters())

@@ -135,6 +135,10 @@ def _check(x, weight, lora_A, lora_B, bias, dropout, slices):
         faults.append(f"x must end in K = {K} features, not {tuple(x.shape)}")
     if x.dtype != weight.dtype:
         faults.append(f"x and weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x")
+    if bias is not None and bias.dtype != weight.dtype:
+        faults.append(f"bias and weight must share a dtype, not {bias.dtype} and {weight.dtype}")
+    if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
+        faults.append(f"lora_A and lora_B must be floating, not {lora_A.dtype} and {lora_B.dtype}")
     if edges != sorted(edges):
         faults.append(f"slices must ascend without overlap within 0..{N}, not {slices}")
     if tuple(lora_A.shape) != shape_A:

@@ -144,7 +144,9 @@ def _fits(value, kind) -> bool:
 
 
 def _spelled(kind) -> str:
-    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_spelled(option) for option in get_args(kind) if option is not NoneType)
+    return kind.__name__ if get_origin(kind) is None else str(kind)
 
 
 def _compiles(pattern: str) -> bool:
@@ -227,7 +229,7 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
         try:
             made[table] = cls(**values)
         except ValueError as error:
-            faults.append(f"[{'training' if table == 'run' else table}] {error}")
+            faults += [f"{'training' if table == 'run' else table}.{fault}" for fault in str(error).split("; ")]
     if faults:
         raise ValueError(f"{path or 'the settings'}:\n  " + "\n  ".join(faults))
     settings = {"training": made["training"], "peft": made["peft"], "without_effect": sorted(without_effect)}

@@ -95,6 +95,8 @@ def _messages(record: object) -> list[Message]:
             faults.append(f"turn {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
         elif not text.strip():
             faults.append(f"turn {number} ({role}) is empty")
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            faults.append(f"turn {number} ({role}) holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
     if not any(role == "assistant" for role, _ in turns):
         faults.append("no turn is the assistant's: there is nothing to learn")
     if faults:
@@ -111,8 +113,6 @@ def _list(record: dict, key: str) -> list:
 def _field(record: dict, key: str) -> str:
     if not isinstance(record.get(key), str):
         raise ValueError(f'"{key}" must be a text, not {record.get(key)!r}')
-    if any("\ud800" <= character <= "\udfff" for character in record[key]):
-        raise ValueError(f'"{key}" holds half a surrogate pair (\\ud800 to \\udfff), which is no character')
     return record[key]
 
 

@@ -57,6 +57,8 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not dataset or not parameters:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
+    if output_dir and not any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("output_dir takes adapters, and the model has none: inject one first")
     lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
     if output_dir and lost:
         raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(lost)}")

@@ -61,19 +61,16 @@ class Phi3Config:
     pad_token_id: int | None = 32000
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
+        wrong = [fault for field in dataclasses.fields(self) if (fault := _mistyped(field, getattr(self, field.name)))]
+        if not wrong and self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        faults = list(self._faults())
+        faults = wrong or list(self._contradictions())
         if faults:
             raise ValueError("Phi3Config: " + "; ".join(faults))
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
-    def _faults(self):
-        wrong = [fault for field in dataclasses.fields(self) if (fault := _mistyped(field, getattr(self, field.name)))]
-        if wrong:  # the checks below would divide by them, or compare them
-            yield from wrong
-            return
+    def _contradictions(self):
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

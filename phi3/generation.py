@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from minilora.phi3.cache import KVCache
@@ -105,11 +104,13 @@ def generate(model: Phi3ForCausalLM, tokenizer: Tokenizer, messages: list[Messag
 
 def stream(model: Phi3ForCausalLM, tokenizer: Tokenizer, messages: list[Message], **settings) -> Iterator[str]:
     """The same answer in pieces of text as they come; a character of several tokens comes whole."""
-    pieces = DecodeStream(skip_special_tokens=True)
-    prompts = [tokenizer.encode_prompt(messages)]
+    ids, told, prompts = [], "", [tokenizer.encode_prompt(messages)]
     for (id_,) in generate_ids(model, prompts, tokenizer.stop_ids, Sampling(**settings)):
-        if id_ in tokenizer.stop_ids:
-            return
-        piece = pieces.step(tokenizer.file, id_)
-        if piece:
-            yield piece
+        if id_ not in tokenizer.stop_ids:
+            ids.append(id_)
+        text = tokenizer.decode(ids)
+        if text != told and not text.endswith("\ufffd"):  # the sign for bytes that are no character, or none yet
+            yield text[len(told) :]
+            told = text
+    if tokenizer.decode(ids) != told:
+        yield tokenizer.decode(ids)[len(told) :]

@@ -56,7 +56,7 @@ class Tokenizer:
             return self._compiled.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.special
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # the template is a stranger's program, and may fail in any way
             raise ValueError(f"the chat template cannot render this conversation: {error}") from None
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
@@ -86,7 +86,9 @@ class Tokenizer:
             prompt = self.encode_prompt(messages[:turn])
             if ids[: len(prompt)] != prompt:
                 raise ValueError(f"the chat template writes what precedes turn {turn + 1} otherwise once the turn is there")
-            end = next((i for i in range(len(prompt), len(ids)) if ids[i] in self.stop_ids), None)
+            turn_and_before = self.encode(self.render(messages[: turn + 1]))
+            same = next((i for i, (a, b) in enumerate(zip(ids, turn_and_before, strict=False)) if a != b), len(turn_and_before))
+            end = next((i for i in range(len(prompt), same) if ids[i] in self.stop_ids), None)
             if end is None:
                 raise ValueError(f"the chat template ends turn {turn + 1} with none of the stop tokens {sorted(self.stop_ids)}")
             mask[len(prompt) : end + 1] = [True] * (end + 1 - len(prompt))
@@ -127,11 +129,14 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} must hold {path.name}") from None
     except ValueError as error:
         raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 def _text(token: str | dict) -> str:

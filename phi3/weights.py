@@ -66,7 +66,7 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         raise FileNotFoundError(f"{folder} must hold {SINGLE}, or {INDEX} with its shards")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(map(os.fspath, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{index} must be JSON with a "weight_map" of tensor names to file names: {error!r}') from None
     faults = []

@@ -108,8 +108,3 @@ def test_every_source_file_has_its_test_of_the_same_stem():
             if not file.name.startswith("__"):
                 test = ROOT / "tests" / f"test_{folder.name}_{file.stem}.py"
                 assert test.exists(), f"{file} has no {test.name}"
-
-
-def test_the_three_packages_stay_small():
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for package in PACKAGES for file in sources(package))
-    assert lines <= 3500
