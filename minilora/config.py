@@ -13,6 +13,93 @@ from typing import Literal, Union, get_args, get_origin
 Schedule = Literal["cosine", "linear"]
 
 
+def _at_least(least: float):
+    return (lambda value: least <= value < math.inf), f"must be at least {least}"
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _are_patterns(texts: dict | list | str) -> bool:
+    return all(map(_is_pattern, [texts] if isinstance(texts, str) else texts))
+
+
+# For each field that has one: the rule that a value of the right type must keep, and how it is said.
+RULES = {
+    "r": _at_least(1),
+    "lora_alpha": (math.isfinite, "must be finite"),
+    "lora_dropout": (lambda value: 0 <= value < 1, "must lie in [0, 1)"),
+    "target_modules": (
+        lambda value: value and (isinstance(value, list) or _is_pattern(value)),
+        "must name at least one module, or be a pattern for some",
+    ),
+    "use_dora": (lambda value: not value, "is not supported yet and must be False"),
+    "rank_pattern": (
+        lambda value: _are_patterns(value) and all(rank >= 1 for rank in value.values()),
+        "must map regular expressions to ranks of at least 1",
+    ),
+    "alpha_pattern": (
+        lambda value: _are_patterns(value) and all(map(math.isfinite, value.values())),
+        "must map regular expressions to finite numbers",
+    ),
+    "lr_scheduler_type": (lambda value: value in get_args(Schedule), f"must be one of {', '.join(get_args(Schedule))}"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "must be positive"),
+    "warmup_ratio": (lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+    "num_train_epochs": (lambda value: 0 < value < math.inf, "must be positive"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "must be -1 or at least 1"),
+    "per_device_train_batch_size": _at_least(1),
+    "per_device_eval_batch_size": _at_least(1),
+    "gradient_accumulation_steps": _at_least(1),
+    "weight_decay": _at_least(0),
+    "max_grad_norm": (lambda value: value > 0, "must be positive"),
+    "logging_steps": _at_least(1),
+    "eval_steps": _at_least(0),
+    "save_steps": _at_least(0),
+    "save_total_limit": _at_least(1),
+    "max_seq_length": _at_least(1),
+}
+
+
+def _check(config) -> None:
+    """Raises ValueError with every field that is of another type than annotated, or breaks its rule."""
+    faults = []
+    for item in dataclasses.fields(config):
+        value, (keeps, rule) = getattr(config, item.name), RULES.get(item.name, (lambda _: True, ""))
+        if not _fits(value, item.type):
+            faults.append(f"{item.name} must be {_spelled(item.type)}, not {value!r}")
+        elif not keeps(value):
+            faults.append(f"{item.name} {rule}, not {value!r}")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value is of an annotated type; an integer is a float too."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which of them is a rule of its own
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, *get_args(kind)) for item in value)
+    if get_origin(kind) is dict:
+        of_key, of_value = get_args(kind)
+        return isinstance(value, dict) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (NoneType if kind is None else kind)
+
+
+def _spelled(kind) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_spelled(option) for option in get_args(kind) if option is not NoneType)
+    return kind.__name__ if get_origin(kind) is None else str(kind)
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """What PEFT's LoraConfig says about a LoRA adapter.
@@ -32,26 +119,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own lora_alpha
 
     def __post_init__(self):
-        _raise_mistyped(self)
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        if isinstance(self.target_modules, str):
-            patterns["target_modules"] = [self.target_modules]
-        rules = {
-            f"r must be at least 1, not {self.r}": self.r >= 1,
-            f"rank_pattern must hold ranks of at least 1, not {self.rank_pattern}": all(
-                r >= 1 for r in self.rank_pattern.values()
-            ),
-            f"lora_alpha must be finite, not {self.lora_alpha}": math.isfinite(self.lora_alpha),
-            f"alpha_pattern must hold finite numbers, not {self.alpha_pattern}": all(
-                map(math.isfinite, self.alpha_pattern.values())
-            ),
-            f"lora_dropout must lie in [0, 1), not {self.lora_dropout}": 0 <= self.lora_dropout < 1,
-            "target_modules must name at least one module": bool(self.target_modules),
-            "use_dora is not supported yet: leave it False": not self.use_dora,
-        }
-        for name, texts in patterns.items():
-            rules |= {f"{name} must hold regular expressions, not {text!r}": _compiles(text) for text in texts}
-        _raise_broken(rules)
+        _check(self)
 
     def rank(self, path: str) -> int:
         """The r of the module at a path."""
@@ -100,67 +168,7 @@ class TrainConfig:
     seed: int = 0  # of the order of the data and of dropout
 
     def __post_init__(self):
-        _raise_mistyped(self)
-        at_least_one = (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-            "save_total_limit",
-        )  # fmt: skip
-        rules = {
-            f"lr_scheduler_type must be one of {', '.join(get_args(Schedule))}, not {self.lr_scheduler_type!r}": (
-                self.lr_scheduler_type in get_args(Schedule)
-            ),
-            f"learning_rate must be positive, not {self.learning_rate}": 0 < self.learning_rate < math.inf,
-            f"warmup_ratio must lie in [0, 1], not {self.warmup_ratio}": 0 <= self.warmup_ratio <= 1,
-            f"num_train_epochs must be positive, not {self.num_train_epochs}": 0 < self.num_train_epochs < math.inf,
-            f"max_steps must be -1 or at least 1, not {self.max_steps}": self.max_steps == -1 or self.max_steps >= 1,
-            f"weight_decay must be at least 0, not {self.weight_decay}": 0 <= self.weight_decay < math.inf,
-            f"max_grad_norm must be positive, not {self.max_grad_norm}": self.max_grad_norm > 0,
-            f"eval_steps must be at least 0, not {self.eval_steps}": self.eval_steps >= 0,
-            f"save_steps must be at least 0, not {self.save_steps}": self.save_steps >= 0,
-        }
-        rules |= {f"{name} must be at least 1, not {getattr(self, name)}": getattr(self, name) >= 1 for name in at_least_one}
-        _raise_broken(rules)
-
-
-def _raise_mistyped(config) -> None:
-    fields = [(f.name, f.type, getattr(config, f.name)) for f in dataclasses.fields(config)]
-    _raise_broken({f"{name} must be {_spelled(kind)}, not {value!r}": _fits(value, kind) for name, kind, value in fields})
-
-
-def _fits(value, kind) -> bool:
-    """Whether a value is of an annotated type; an integer is a float too."""
-    if get_origin(kind) is Literal:
-        return isinstance(value, str)  # which of them is a rule of its own
-    if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, *get_args(kind)) for item in value)
-    if get_origin(kind) is dict:
-        of_key, of_value = get_args(kind)
-        return isinstance(value, dict) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is (NoneType if kind is None else kind)
-
-
-def _spelled(kind) -> str:
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_spelled(option) for option in get_args(kind) if option is not NoneType)
-    return kind.__name__ if get_origin(kind) is None else str(kind)
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def _raise_broken(rules: dict[str, bool]) -> None:
-    broken = [rule for rule, holds in rules.items() if not holds]
-    if broken:
-        raise ValueError("; ".join(broken))
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -176,8 +184,7 @@ class RunConfig:
     without_effect: list[str] = field(default_factory=list)  # keys that were given, and decide nothing here
 
     def __post_init__(self):
-        _raise_mistyped(self)
-        _raise_broken({f"max_seq_length must be at least 1, not {self.max_seq_length}": self.max_seq_length >= 1})
+        _check(self)
 
 
 RUN_KEYS = ("bf16", "max_seq_length", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]

@@ -153,7 +153,8 @@ def _mistyped(field: dataclasses.Field, value) -> str | None:
     """What is wrong with a field's value by its type alone."""
     kind, optional = field.type, type(None) in get_args(field.type)
     if field.name.endswith("_token_id"):
-        right, must = all(type(id_) is int for id_ in (value if isinstance(value, list) else [value])), "a token id"
+        several = isinstance(value, list) and list[int] in get_args(kind)
+        right, must = all(type(id_) is int for id_ in (value if several else [value])), "a token id"
     elif kind is bool:
         right, must = type(value) is bool, "true or false"
     elif kind is float:
