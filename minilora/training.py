@@ -54,17 +54,11 @@ def train(
             to turn on.
         FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not dataset or not parameters:
-        raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
-    if output_dir and not any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("output_dir takes adapters, and the model has none: inject one first")
-    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
-    if output_dir and lost:
-        raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(lost)}")
+    _check(model, dataset, output_dir)
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
     total = total_steps(len(dataset), config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
     batches = shuffled_batches(dataset, config.per_device_train_batch_size, config.seed)
@@ -89,6 +83,18 @@ def train(
     model.eval()
     recorder.save("adapter")
     return recorder.result
+
+
+def _check(model: nn.Module, dataset: Sequence[Example], output_dir: Path | str | None) -> None:
+    """Everything that would spoil a run is told before its first step."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not dataset or not trained:
+        raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
+    if output_dir and not any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("output_dir takes adapters, and the model has none: inject one first")
+    lost = [name for name in trained if "lora_" not in name]
+    if output_dir and lost:
+        raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(lost)}")
 
 
 def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:

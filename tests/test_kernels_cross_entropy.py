@@ -72,6 +72,12 @@ def test_loss_and_every_gradient_equal_the_float64_reference(make_head, n, dtype
     assert actual["loss"].shape == ()
 
 
+def test_the_softmax_of_bfloat16_logits_runs_in_float32():
+    head, x, labels = make_inputs(linear_head, 3 * CHUNK, torch.bfloat16, ignored=0.0)
+    logits = torch.cat([head(rows) for rows in x.split(CHUNK)]).double()
+    assert rms_error(head_cross_entropy(head, x, labels), torch.nn.functional.cross_entropy(logits, labels)) < 1e-6
+
+
 def test_the_measure_rejects_zeros():
     for name, expected in loss_and_gradients(cross_entropy_reference, *make_inputs(deep_head, 30, torch.float64), 1.0).items():
         assert rms_error(torch.zeros_like(expected), expected) > 50 * max(TOLERANCE.values()), name

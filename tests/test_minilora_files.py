@@ -55,6 +55,13 @@ def test_a_file_is_replaced(tmp_path):
     assert contents(tmp_path) == {"file": b"later"}
 
 
+def test_who_reads_a_file_while_it_is_replaced_reads_the_earlier_one_whole(folder):
+    with open(folder / "a") as reader:
+        write_file(folder / "a", "later")
+        assert reader.read() == "earlier"
+    assert (folder / "a").read_text() == "later"
+
+
 def test_a_new_file_has_the_usual_permissions(tmp_path, usual_umask):
     write_file(tmp_path / "file", "x")
     assert mode(tmp_path / "file") == "0o644"

@@ -77,6 +77,18 @@ def test_merged_linear_of_unequal_splits_is_separate_layers_side_by_side(enable_
     assert rms_error(fused(x), torch.cat(parts, dim=-1)) < 1e-6
 
 
+@pytest.mark.parametrize("enable_lora", SUBSETS)
+def test_the_delta_is_what_the_adapters_add_to_the_weight(enable_lora):
+    layer = filled(lora.MergedLinear(12, 16, r=4, lora_alpha=6, enable_lora=enable_lora, out_splits=[8, 3, 5], dtype=torch.bfloat16))
+    delta = layer.delta()
+    assert delta.dtype == torch.float32  # whatever the weight's, so that a sum with it is rounded once
+    layer.float()
+    x = torch.randn(7, 12)
+    added = layer(x) - F.linear(x, layer.weight, layer.bias)
+    enabled = torch.cat([added[:, start:stop] for start, stop in layer.slices], dim=-1)
+    assert rms_error(enabled, x @ delta.T) < 1e-5
+
+
 # The start
 
 

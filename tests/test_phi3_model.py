@@ -181,7 +181,8 @@ def test_padding_tokens_change_nothing_whatever_they_are():
 def test_tied_weights_are_one_parameter_after_building_loading_and_casting(tmp_path):
     model = tiny_model(CONFIGS["tied"])
     phi3.save(model, tmp_path / "tied")
-    for tied in (model, phi3.load(tmp_path / "tied"), phi3.load(tmp_path / "tied", dtype=torch.bfloat16), model.to(torch.float64)):
+    loaded = [phi3.load(tmp_path / "tied", dtype=dtype) for dtype in (None, torch.bfloat16)]
+    for tied in (model, *loaded, tiny_model(CONFIGS["tied"]).to(torch.float64)):
         assert tied.lm_head.weight is tied.model.embed_tokens.weight
         assert "lm_head.weight" not in dict(tied.named_parameters())
 

@@ -13,12 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minilora import phi3
-from minilora.phi3.tokenizer import TOKENIZER_FILES
 
 END = SPECIAL["<|im_end|>"]
 HELLO = [{"role": "user", "content": "Hello"}]
-pieces = st.sampled_from([" ", "  ", "\n", "\t", "Hello", "é", "😶‍🌫️", "<|", "|>", "<|end", "assistant", "0"]) | st.text(max_size=4)
-texts = st.lists(pieces, max_size=6).map("".join).filter(lambda text: not re.search(r"<\|\w+\|>|<s>|</s>|<unk>|▁", text))
+awkward = st.sampled_from([" ", "  ", "\n", "\t", "Hello", "é", "😶‍🌫️", "<|", "|>", "<|end", "assistant", "0"])
+texts = st.lists(awkward | st.text(max_size=4), max_size=6).map("".join).filter(lambda text: not re.search(r"<\|\w+\|>|<s>|</s>|<unk>|▁", text))
 conversations = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)  # (user, assistant) turns
 
 
@@ -122,11 +121,9 @@ def test_trimming_and_extensions_are_those_of_transformers(tmp_path, template):
 
 
 def assert_renders_as_transformers(tokenizer, messages, open_answer):
-    special = {name: text for name, text in tokenizer.special.items() if isinstance(text, str)}
-    expected = render_jinja_template(
-        [messages], chat_template=tokenizer.template, add_generation_prompt=open_answer, **special
-    )[0]
-    assert tokenizer.render(messages, add_generation_prompt=open_answer) == expected[0]
+    settings = {"chat_template": tokenizer.template, "add_generation_prompt": open_answer} | tokenizer.special
+    (expected,), _ = render_jinja_template([messages], **settings)
+    assert tokenizer.render(messages, add_generation_prompt=open_answer) == expected
 
 
 def test_a_prompt_ends_with_the_opening_of_the_answer(tiny):
@@ -238,7 +235,8 @@ def test_an_end_in_a_later_turn_does_not_end_this_one(tmp_path):
 
 
 def test_a_turn_without_any_end_is_refused(tmp_path):
-    write_tokenizer(tmp_path, "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}")
+    bare = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    write_tokenizer(tmp_path, bare)
     with pytest.raises(ValueError, match=r"the chat template ends turn 2 with none of the stop tokens \[258\]"):
         phi3.load_tokenizer(tmp_path).encode_chat(messages_of([("a", "b")]))
 
@@ -324,8 +322,8 @@ def test_a_copied_tokenizer_is_the_same_and_brings_no_other_file(tmp_path, tiny_
     (source / "generation_config.json").write_text('{"eos_token_id": [7]}')
     (source / "model.safetensors").write_bytes(b"weights")
     phi3.copy_tokenizer(source, target)
-    copied = {path.name for path in target.iterdir()}
-    assert copied == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(TOKENIZER_FILES)
+    beside_the_weights = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert {path.name for path in target.iterdir()} == beside_the_weights
     ours, theirs = phi3.load_tokenizer(target), phi3.load_tokenizer(source)
     assert (ours.template, ours.special, ours.stop_ids) == (theirs.template, theirs.special, theirs.stop_ids)
     assert ours.file.to_str() == theirs.file.to_str()
