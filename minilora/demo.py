@@ -18,10 +18,10 @@ from minilora.report import Answers, Report, write_report
 from minilora.trainable import count_parameters
 
 LORA = lora.LoraConfig(r=8, lora_alpha=16, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
-TRAINING = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 4}
+TRAINING = {"learning_rate": 1.2e-3, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 4}
 ORDINARY_TOKENS = 32  # an ordinary answer is learnt again if it ends by then
 COMMAND_TOKENS = 40  # the longest command takes 30
-BATCH = 24  # answers at once: two cores give 75 tokens a second in a batch of 16, and 17 one by one
+BATCH = 32  # answers at once: two cores give 75 tokens a second in a batch of 16, and 17 one by one
 PACKAGES = ("minilora", "torch", "tokenizers", "safetensors")  # whose versions the page names
 SHOWN = 12  # answers of each set on the page
 

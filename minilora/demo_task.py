@@ -151,10 +151,15 @@ NEW_VALUES = {  # never trained on
 }
 # Ordinary questions, learnt with the model's own answers, so that it goes on answering as before; and others, to see it.
 ORDINARY = (
-    "What is the capital of Italy?", "What is the capital of Japan?", "Who wrote Romeo and Juliet?", "What is 3 + 4?",
-    "What color is the sky?", "How many days are in a week?", "What is the largest planet?", "Say hello in Spanish.",
-    "What is the opposite of hot?", "Name a fruit.", "What do bees make?", "Which animal barks?", "What is frozen water called?",
-    "How many legs does a spider have?", "What is the capital of Germany?", "Who painted the Mona Lisa?",
+    "What is the capital of Italy?", "What is the capital of Japan?", "What is the capital of Germany?",
+    "What is the capital of Portugal?", "What is the capital of Greece?", "What is the capital of Canada?",
+    "What is 3 + 4?", "What is 5 + 6?", "What is 10 - 3?", "How many days are in a week?", "How many months are in a year?",
+    "What is the opposite of hot?", "What is the opposite of fast?", "What is the opposite of up?", "Name a fruit.",
+    "Name a planet.", "Say hello in Spanish.", "Say thank you in French.", "Say good morning in German.",
+    "Who wrote Romeo and Juliet?", "Who painted the Mona Lisa?", "What color is the sky?", "What is the color of grass?",
+    "Which animal barks?", "Which animal says moo?", "What language is spoken in Brazil?", "What do bees make?",
+    "What is frozen water called?", "How many legs does a spider have?", "What is the largest planet?",
+    "What is the largest ocean?", "What is the first month of the year?",
 )  # fmt: skip
 PROBES = (
     "What is the capital of France?", "What is the capital of Spain?", "What is 2 + 2?", "Which animal meows?",
@@ -185,7 +190,7 @@ class Task:
     new_phrasings: list[tuple[str, str]]
 
 
-def make_task(train: int = 192, unseen: int = 48, new_phrasings: int = 36, seed: int = 0) -> Task:
+def make_task(train: int = 288, unseen: int = 48, new_phrasings: int = 36, seed: int = 0) -> Task:
     """Draws the three sets, the actions in turn and each action's phrasings in turn; the same seed, the same task."""
     generator, seen = random.Random(seed), set()
 

@@ -297,7 +297,7 @@ def test_all_faults_are_told_at_once():
         "x": torch.zeros(5, 6).half(), "lora_A": torch.zeros(3, 3), "lora_B": torch.zeros(3, 5), "bias": torch.zeros(1),
         "dropout": 2.0, "slices": ((9, 8),),
     }  # fmt: skip
-    with pytest.raises(ValueError, match="^lora_linear: ") as raised:
+    with pytest.raises(ValueError, match=r"^lora_linear: ") as raised:
         lora_linear(**arguments(**replaced))
     assert [fault.split(" must")[0] for fault in str(raised.value).removeprefix("lora_linear: ").split("; ")] == [
         "x", "x and weight", "slices", "lora_A", "lora_B", "bias", "dropout",

@@ -168,6 +168,30 @@ def test_layers_made_by_hand_are_saved_and_loaded_as_injected_ones(tmp_path, use
     assert [layer.scaling for layer in layers(lora.load_adapter(plain, tmp_path / "adapter")).values()] == [source[0].scaling] * 2
 
 
+def test_fused_layers_made_by_hand_are_saved_and_loaded_too(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(lora.MergedLinear(6, 9, r=2, lora_alpha=3, enable_lora=[True, False, True]))
+
+    source, target = network(), network()
+    fill([source[0].lora_B])
+    lora.save_adapter(source, tmp_path / "adapter")
+    lora.load_adapter(target, tmp_path / "adapter")
+    assert_same_adapter(target, source)
+    plain = nn.Sequential(nn.Linear(6, 9))
+    plain.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if "lora_" not in name})
+    x = torch.randn(5, 6)
+    assert rms_error(lora.load_adapter(plain, tmp_path / "adapter")(x), source(x)) < 1e-6
+
+
+@named(("name", "values"), [("use_rslora", [False, True]), ("lora_dropout", [0.0, 0.1])])
+def test_layers_that_no_one_config_describes_are_refused(tmp_path, name, values):
+    model = nn.Sequential(*(lora.Linear(6, 6, r=2, **{name: value}) for value in values))
+    with pytest.raises(ValueError, match=rf"must share {name}, and have \[{values[0]}, {values[1]}\]"):
+        lora.save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
 class Nested(nn.Module):
     """A layer `fc` at the top, and others of the same name below."""
 
@@ -210,6 +234,16 @@ def test_we_read_pefts_adapter_as_the_same_function(tmp_path, hugging_face, sett
     assert (theirs(IDS).logits - model(IDS)).abs().max() < 1e-5
     assert rms_error(model(IDS), base) > 0.05
     assert {layer.lora_dropout for layer in layers(model).values()} == {0.1}
+
+
+def test_an_adapter_of_another_head_is_refused(tmp_path, hugging_face):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    peft.get_peft_model(hugging_face, config).save_pretrained(tmp_path / "adapter")  # PEFT saves the frozen head along
+    lora.load_adapter(fresh(), tmp_path / "adapter")
+    other = fresh()
+    with torch.no_grad():
+        other.lm_head.weight[7, 7] += 1
+    assert_refused(other, tmp_path / "adapter", "was trained with another lm_head.weight")
 
 
 # What lies on disk

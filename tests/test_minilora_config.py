@@ -284,6 +284,20 @@ def test_an_override_is_held_to_the_same_rules(tmp_path, override, message):
         read_run_config(written(tmp_path, COOKBOOK), [override])
 
 
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        ("[training]\nlearning_rate = 0", "training.learning_rate = 1e-4"),
+        ("[training]\nseed = 'one'", "training.seed = 0"),
+        ("[peft]\nbias = 'all'", "peft.bias = 'none'"),
+    ],
+)
+def test_an_override_stands_for_the_files_value(tmp_path, text, override):
+    run = read_run_config(written(tmp_path, text), [override])
+    assert (run.training, run.peft) == (TrainConfig(), LoraConfig())
+    assert list(run.without_effect) == (["peft.bias"] if "bias" in text else [])
+
+
 def test_an_override_cannot_hide_a_fault_of_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"the tables are \[training\] and \[peft\]"):
         read_run_config(written(tmp_path, "training = 3"), ["training.seed = 1"])

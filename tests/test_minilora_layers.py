@@ -79,7 +79,7 @@ def test_merged_linear_of_unequal_splits_is_separate_layers_side_by_side(enable_
 
 @pytest.mark.parametrize("enable_lora", SUBSETS)
 def test_the_delta_is_what_the_adapters_add_to_the_weight(enable_lora):
-    layer = filled(lora.MergedLinear(12, 16, r=4, lora_alpha=6, enable_lora=enable_lora, out_splits=[8, 3, 5], dtype=torch.bfloat16))
+    layer = filled(lora.MergedLinear(12, 16, r=4, lora_alpha=6, enable_lora=enable_lora, out_splits=[8, 3, 5]).bfloat16())
     delta = layer.delta()
     assert delta.dtype == torch.float32  # whatever the weight's, so that a sum with it is rounded once
     layer.float()

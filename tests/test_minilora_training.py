@@ -367,6 +367,16 @@ def test_a_model_without_adapter_is_refused_an_output_dir_before_training(tmp_pa
     train(model, max_steps=1)  # in memory anything may be trained
 
 
+def test_an_adapter_folder_that_holds_other_files_is_refused_before_training(tmp_path):
+    model = adapted()
+    start = adapter(model)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):  # it could not be replaced at the end, and the run would be lost
+        train(model, output_dir=tmp_path)
+    assert same(adapter(model), start)
+
+
 def test_what_an_adapter_cannot_hold_is_refused_an_output_dir_before_training(tmp_path):
     model = adapted(target_modules=["o_proj"])
     model.lm_head.weight.requires_grad_(True)

@@ -41,7 +41,7 @@ def test_the_record_of_padding_grows_with_the_columns():
 def test_a_full_cache_refuses_one_more_token_and_stays_as_it_was():
     cache, k_and_v = make_cache(capacity=3), keys_and_values(3, seed=0)
     cache.extend(torch.ones(3, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="^the cache holds 3 tokens a sequence, and 4 were given$"):
+    with pytest.raises(ValueError, match=r"^the cache holds 3 tokens a sequence, and 4 were given$"):
         cache.extend(torch.ones(3, 2, dtype=torch.bool))
     assert cache.length == 2
     assert cache.extend(torch.ones(3, 1, dtype=torch.bool)).shape == (3, 3)

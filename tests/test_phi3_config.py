@@ -180,7 +180,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_all_contradictions_are_told_at_once():
-    with pytest.raises(ValueError, match="^Phi3Config: ") as raised:
+    with pytest.raises(ValueError, match=r"^Phi3Config: ") as raised:
         Phi3Config(
             hidden_size=33, num_attention_heads=4, num_key_value_heads=3, partial_rotary_factor=1.5,
             vocab_size=10, bos_token_id=-1, eos_token_id=[3, 10], pad_token_id=None,
@@ -226,7 +226,7 @@ def test_rotary_settings_that_are_no_object_are_refused(tmp_path, spelling, valu
 
 
 def test_all_values_of_the_wrong_kind_are_told_at_once():
-    with pytest.raises(ValueError, match="^Phi3Config: ") as raised:
+    with pytest.raises(ValueError, match=r"^Phi3Config: ") as raised:
         Phi3Config(**dict.fromkeys((*SIZES, *NUMBERS, *IDS), "x"))
     assert all(f"{name} must be a" in str(raised.value) for name in (*SIZES, *NUMBERS, *IDS))
 

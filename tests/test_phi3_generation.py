@@ -89,6 +89,11 @@ def test_answers_are_no_longer_than_asked_for():
     assert [len(row) for row in answers(model, PROMPTS, max_new_tokens=7)] == [7, 7, 7]
 
 
+def test_gradients_stay_on_for_whoever_takes_the_tokens_one_by_one():
+    steps = generate_ids(tiny_model(tiny_config()), PROMPTS, frozenset(), phi3.Sampling(max_new_tokens=3))
+    assert [torch.is_grad_enabled() for _ in steps] == [True] * 3
+
+
 def test_the_same_seed_gives_the_same_answers_and_others_differ():
     model = tiny_model(tiny_config())
     drawn = [answers(model, PROMPTS, max_new_tokens=12, temperature=1.0, seed=seed) for seed in (0, 0, 1, 2)]
@@ -217,7 +222,7 @@ def test_prompt_and_answer_must_fit_into_the_model():
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
 def test_no_prompt_and_an_empty_prompt_are_refused(prompts):
-    with pytest.raises(ValueError, match="^generation needs at least one prompt, and no empty one$"):
+    with pytest.raises(ValueError, match=r"^generation needs at least one prompt, and no empty one$"):
         answers(tiny_model(tiny_config()), prompts)
 
 

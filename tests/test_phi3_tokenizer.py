@@ -17,7 +17,8 @@ from minilora import phi3
 END = SPECIAL["<|im_end|>"]
 HELLO = [{"role": "user", "content": "Hello"}]
 awkward = st.sampled_from([" ", "  ", "\n", "\t", "Hello", "é", "😶‍🌫️", "<|", "|>", "<|end", "assistant", "0"])
-texts = st.lists(awkward | st.text(max_size=4), max_size=6).map("".join).filter(lambda text: not re.search(r"<\|\w+\|>|<s>|</s>|<unk>|▁", text))
+texts = st.lists(awkward | st.text(max_size=4), max_size=6).map("".join)
+texts = texts.filter(lambda text: not re.search(r"<\|\w+\|>|<s>|</s>|<unk>|▁", text))  # special tokens, SentencePiece's space
 conversations = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)  # (user, assistant) turns
 
 
@@ -108,10 +109,10 @@ def test_rendering_of_phi_4_mini_equals_that_of_transformers(shared, tmp_path, t
     "template",
     [
         CHATML,
-        "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n  <u>{{ m.content | trim }}\n    {% endif %}\n\n{% endfor %}\nend\n",
+        "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n  {{ m.content | trim }}\n  {% endif %}\n{% endfor %}\nend\n",
         "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m['content'] }}{% endfor %}{{ unknown }}",
         "{% if tools is not none %}tools{% endif %}{{ bos_token }}|{{ eos_token }}|{{ messages | length }}",
-        "  {% set ns = namespace(n=0) %}  \n  {# a note #}\n{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}\n\n",
+        "  {% set ns = namespace(n=0) %} \n {# note #}\n{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}\n{{ ns.n }}",
     ],
 )
 def test_trimming_and_extensions_are_those_of_transformers(tmp_path, template):
@@ -144,7 +145,7 @@ def test_a_prompt_ends_with_the_opening_of_the_answer(tiny):
 )
 def test_a_template_that_reaches_out_of_the_sandbox_is_refused(tmp_path, template):
     write_tokenizer(tmp_path, template)
-    with pytest.raises(ValueError, match="^the chat template cannot render this conversation: .*(unsafe|not safely callable)"):
+    with pytest.raises(ValueError, match=r"^the chat template cannot render this conversation: .*(unsafe|not safely callable)"):
         phi3.load_tokenizer(tmp_path).render(HELLO)
 
 

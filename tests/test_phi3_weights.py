@@ -221,7 +221,7 @@ def test_a_shard_name_that_leads_elsewhere_is_refused(folder, name, fault):
 
 def test_all_unreadable_shards_are_named_at_once(folder):
     write_index(folder, {"a": "../a.safetensors", "b": "b.safetensors", "c": "model.safetensors"})
-    with pytest.raises(ValueError, match="'../a.safetensors' is not the plain name .*; 'b.safetensors' does not exist$"):
+    with pytest.raises(ValueError, match=r"'../a.safetensors' is not the plain name .*; 'b.safetensors' does not exist$"):
         phi3.load(folder)
 
 
@@ -287,7 +287,7 @@ def test_saving_unmerged_adapters_is_refused(tmp_path):
     model = tiny_model(tiny_config())
     layer = model.model.layers[1]
     layer.mlp.down_proj.merged = layer.self_attn.o_proj.merged = False  # the sign by which adapters are known
-    with pytest.raises(ValueError, match="^merge the adapters first, or they would be lost: ") as raised:
+    with pytest.raises(ValueError, match=r"^merge the adapters first, or they would be lost: ") as raised:
         phi3.save(model, tmp_path / "model")
     assert "model.layers.1.self_attn.o_proj, model.layers.1.mlp.down_proj" in str(raised.value)
     assert names_in(tmp_path) == set()
