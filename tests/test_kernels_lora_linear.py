@@ -164,6 +164,19 @@ def test_gradients_of_operation_and_reference_agree_with_finite_differences(drop
     assert torch.autograd.gradcheck(reference, tensors)
 
 
+@pytest.mark.parametrize("function", [lora_linear, lora_linear_reference])
+def test_slice_g_takes_the_g_th_r_rows_of_a_and_its_own_rows_of_b(function):
+    t = usual_case().tensors  # R = 2, columns 0..5 and 7..9 of 11
+    products = {
+        (0, 5): t["x"] @ t["lora_A"][:2].T @ t["lora_B"][:5].T,
+        (7, 9): t["x"] @ t["lora_A"][2:].T @ t["lora_B"][5:].T,
+    }
+    expected = t["x"] @ t["weight"].T + t["bias"]
+    for (start, stop), product in products.items():
+        expected[..., start:stop] += 1.5 * product
+    torch.testing.assert_close(function(**t, scaling=1.5, slices=((0, 5), (7, 9))), expected)
+
+
 def test_columns_outside_the_slices_are_those_of_the_frozen_layer_bit_for_bit():
     case = usual_case(torch.float32)
     y = case.operation()["y"]
