@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
 
     Raises:
         ValueError: the model has no adapter, or one that is not finite.
-        OSError: the disk is full or not writable.
+        OSError: the disk is full or not writable, or the folder holds other files.
     """
     layers = _adapted(model)
     if not layers:
@@ -72,9 +72,7 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
     infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if infinite:
         raise ValueError(f"an adapter must be finite to be saved; NaN or infinity stands in {', '.join(infinite)}")
-    others = [file.name for file in Path(path).iterdir() if file.name not in (CONFIG, TENSORS)] if Path(path).exists() else []
-    if others:
-        raise FileExistsError(f"{path} must be new, empty or an earlier adapter; it holds {', '.join(sorted(others))}")
+    check_replaceable(path)
     with replaced_folder(Path(path)) as folder:
         config = json.dumps(_peft_config(model, layers, base), indent=2, sort_keys=True)
         (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
@@ -83,6 +81,13 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
         except SafetensorError as error:
             raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
         shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes files that only their owner reads
+
+
+def check_replaceable(path: Path | str) -> None:
+    """Raises FileExistsError where saving an adapter would remove anything but an earlier adapter."""
+    others = [file.name for file in Path(path).iterdir() if file.name not in (CONFIG, TENSORS)] if Path(path).exists() else []
+    if others:
+        raise FileExistsError(f"{path} must be new, empty or an earlier adapter; it holds {', '.join(sorted(others))}")
 
 
 def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:

@@ -211,26 +211,24 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
     """
     layers = [_tables(path, Path(path).read_bytes())] if path else []
     layers += [_tables(f"--set {override}", override.encode()) for override in overrides]
-    faults, found, without_effect = [], {}, []
+    faults, given, without_effect = [], {"training": {}, "peft": {}}, []
     for table, values in (entry for layer in layers for entry in layer.items()):
-        if table not in DECIDED or not isinstance(values, dict):
+        if table in given and isinstance(values, dict):
+            given[table] |= values
+        else:
             faults.append(f"{table} is unknown: the tables are [training] and [peft]")
-            continue
-        keys = [field.name for field in dataclasses.fields({"training": TrainConfig, "peft": LoraConfig}[table])]
-        keys += RUN_KEYS if table == "training" else []
-        for key, value in values.items():
-            if key in DECIDED[table]:
-                allowed = DECIDED[table][key]
-                without_effect.append(f"{table}.{key}")
-                if allowed is not None and value not in allowed:
-                    faults.append(f"{table}.{key} must be {' or '.join(map(repr, allowed))}, not {value!r}")
-            elif key not in keys:
-                faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted([*keys, *DECIDED[table]]))}")
-            else:
-                found.setdefault(table, {})[key] = value
-    training = found.get("training", {})
-    run = {key: training.pop(key) for key in RUN_KEYS if key in training}
-    parts = {"training": (TrainConfig, training), "peft": (LoraConfig, found.get("peft", {})), "run": (RunConfig, run)}
+    keys = {"training": [*_names(TrainConfig), *RUN_KEYS], "peft": _names(LoraConfig)}
+    for table, key in [(table, key) for table in given for key in given[table]]:
+        if key in DECIDED[table]:
+            allowed, value = DECIDED[table][key], given[table].pop(key)
+            without_effect.append(f"{table}.{key}")
+            if allowed is not None and value not in allowed:
+                faults.append(f"{table}.{key} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+        elif key not in keys[table]:
+            del given[table][key]
+            faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted([*keys[table], *DECIDED[table]]))}")
+    run = {key: given["training"].pop(key) for key in RUN_KEYS if key in given["training"]}
+    parts = {"training": (TrainConfig, given["training"]), "peft": (LoraConfig, given["peft"]), "run": (RunConfig, run)}
     made = {}
     for table, (cls, values) in parts.items():
         try:
@@ -241,6 +239,10 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
         raise ValueError(f"{path or 'the settings'}:\n  " + "\n  ".join(faults))
     settings = {"training": made["training"], "peft": made["peft"], "without_effect": sorted(without_effect)}
     return dataclasses.replace(made["run"], **settings)
+
+
+def _names(config: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(config)]
 
 
 def _tables(source: Path | str, text: bytes) -> dict:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minilora.adapter import save_adapter
+from minilora.adapter import check_replaceable, save_adapter
 from minilora.config import TrainConfig
 from minilora.data import Example, collate, shuffled_batches
 from minilora.evaluation import evaluate
@@ -95,6 +95,8 @@ def _check(model: nn.Module, dataset: Sequence[Example], output_dir: Path | str 
     lost = [name for name in trained if "lora_" not in name]
     if output_dir and lost:
         raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(lost)}")
+    if output_dir:
+        check_replaceable(Path(output_dir, "adapter"))
 
 
 def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:

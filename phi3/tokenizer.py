@@ -77,7 +77,7 @@ class Tokenizer:
         for message in messages:
             spelled = sorted(text for text in self.special_texts if text in message["content"])
             if spelled:
-                raise ValueError(f"a {message['role']} text spells the special token {spelled[0]}: remove it from the text")
+                raise ValueError(f"the {message['role']} text spells the special token {spelled[0]}: remove it from the text")
         ids = self.encode(self.render(messages))
         mask = [False] * len(ids)
         for turn, message in enumerate(messages):
@@ -117,7 +117,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
     settings = _read_json(folder / "tokenizer_config.json")
-    special = {name: _text(value) for name, value in settings.items() if name.endswith("_token") and value is not None}
+    special = {
+        name: _text(value) for name, value in settings.items() if name.endswith("_token") and isinstance(value, str | dict)
+    }
     stop_ids = _stop_ids(folder)
     if "eos_token" in special:
         stop_ids |= {file.token_to_id(special["eos_token"])}

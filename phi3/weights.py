@@ -43,8 +43,9 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
         files = {file: stack.enter_context(_open(file)) for file in _weight_files(folder)}
         home = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118 (safe_open is no dict)
         _check(model, files, home, folder)
-        for name in [name for name, _ in model.named_parameters()]:
-            stored = files[home[name]].get_tensor(name)
+    for name in [name for name, _ in model.named_parameters()]:
+        with _open(home[name]) as opened:  # anew for each, or the pages of the whole file stay in memory beside the model
+            stored = opened.get_tensor(name)
             weight = torch.empty(stored.shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(weight))

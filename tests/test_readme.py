@@ -49,7 +49,10 @@ def test_the_figures_of_the_demo_are_those_of_the_committed_result():
     assert f"That run took {row['seconds_process']:.0f} seconds on two CPU cores" in text
     assert f"and {row['peak_memory_bytes'] / 1e9:.1f} GB of memory" in text
     assert f"On unseen sentences {row['exact_before']:.0%} of the answers were exact before" in text
-    assert f"and {row['exact_after']:.0%} after; on phrasings that it was never trained on, {row['exact_after_new_phrasings']:.0%}." in text
+    assert (
+        f"and {row['exact_after']:.0%} after; on phrasings that it was never trained on, {row['exact_after_new_phrasings']:.0%}."
+        in text
+    )
 
 
 def test_every_folder_of_the_table_is_there():
