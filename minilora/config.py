@@ -218,7 +218,7 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
         else:
             faults.append(f"{table} is unknown: the tables are [training] and [peft]")
     keys = {"training": [*_names(TrainConfig), *RUN_KEYS], "peft": _names(LoraConfig)}
-    for table, key in [(table, key) for table in given for key in given[table]]:
+    for table, key in [(name, key) for name, values in given.items() for key in values]:
         if key in DECIDED[table]:
             allowed, value = DECIDED[table][key], given[table].pop(key)
             without_effect.append(f"{table}.{key}")
