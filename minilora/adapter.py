@@ -203,7 +203,7 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
         ValueError: it does not fit the model; every missing, extra or misshapen tensor is named, and the model is unchanged.
     """
     config, fused = _read_configs(path)
-    tensors = _read_tensors(path)
+    tensors = read_adapter_tensors(path)
     layers = _adapted(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -230,7 +230,13 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
     return model
 
 
-def _read_tensors(path: Path | str) -> dict[str, Tensor]:
+def read_adapter_tensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of an adapter by the model's own names: "….qkv_proj.lora_A" and "….lora_B", slices fused.
+
+    Raises:
+        FileNotFoundError: there is no adapter_model.safetensors.
+        ValueError: it is truncated, or no safetensors file.
+    """
     file = Path(path) / TENSORS
     try:
         tensors = load_file(file)

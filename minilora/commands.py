@@ -7,7 +7,7 @@ import torch
 
 import minilora as lora
 from minilora import phi3
-from minilora.adapter import read_adapter_config
+from minilora.adapter import read_adapter_config, read_adapter_tensors
 from minilora.config import LoraConfig, read_run_config
 from minilora.data import Example
 from minilora.injection import find_targets
@@ -100,7 +100,8 @@ def merge(args: Namespace) -> None:
 def info(args: Namespace) -> None:
     if (args.path / "adapter_config.json").exists():
         config = read_adapter_config(args.path)
-        print(f"{args.path}: a LoRA adapter, {_settings(config)}")
+        sizes = [tensor.numel() for tensor in read_adapter_tensors(args.path).values()]
+        print(f"{args.path}: a LoRA adapter, {_settings(config)}; {sum(sizes):,} parameters for {len(sizes) // 2} layers")
         return
     with torch.device("meta"):
         config = phi3.Phi3Config.read(args.path / "config.json")
@@ -131,7 +132,7 @@ def load_model(path: Path, device: str = "auto", dtype: str = "auto", bf16: bool
     elif bf16 is not None and (dtype == "bfloat16") != bf16:
         raise ValueError(f"--dtype {dtype} and bf16 = {str(bf16).lower()} in [training] contradict one another")
     model = phi3.load(path, getattr(torch, dtype), device)
-    where = f"cpu ({torch.get_num_threads()} threads)" if device == "cpu" else torch.cuda.get_device_name(device)
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
     print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}; kernels: plain PyTorch")
     return model
 

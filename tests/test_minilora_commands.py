@@ -132,7 +132,10 @@ def test_info_tells_what_a_checkpoint_is_and_what_a_config_would_train(trained, 
 
 def test_info_tells_what_an_adapter_is(trained, capsys):
     run("info", trained / "out" / "adapter")
-    assert "a LoRA adapter, r 4, alpha 8, dropout 0.0 on q_proj, v_proj, down_proj" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a LoRA adapter, r 4, alpha 8, dropout 0.0 on q_proj, v_proj, down_proj" in said
+    fused = 2 * (8 * (32 + 64) + 4 * (48 + 32))  # q and v as one pair of rank 8 for qkv_proj; down_proj
+    assert f"{fused:,} parameters for 4 layers" in said
 
 
 def test_adapters_take_the_models_dtype_when_asked(trained, tiny_checkpoint, tmp_path, capsys):
