@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minilora.cli import build_parser
+from minilora.config import read_run_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,11 @@ def test_the_figures_of_the_demo_are_those_of_the_committed_result():
         f"and {row['exact_after']:.0%} after; on phrasings that it was never trained on, {row['exact_after_new_phrasings']:.0%}."
         in text
     )
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda file: file.name)
+def test_the_example_settings_are_read(file):
+    assert read_run_config(file).peft.r == 16
 
 
 def test_every_folder_of_the_table_is_there():
