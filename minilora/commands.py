@@ -36,6 +36,7 @@ def train(args: Namespace) -> None:
     dataset = _examples(args.data, tokenizer, run.max_seq_length, args.drop_long)
     eval_dataset = args.eval_data and _examples(args.eval_data, tokenizer, run.max_seq_length, args.drop_long)
     model = _load(args, bf16=run.bf16)
+    torch.manual_seed(run.training.seed)  # lora_A starts at random
     lora.inject(model, run.peft, None if args.adapter_dtype == "model" else torch.float32)
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, run.peft))

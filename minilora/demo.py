@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import minilora as lora
@@ -50,6 +51,7 @@ def run(output: Path, model_path: Path | None = None, max_steps: int | None = No
     before = examine(model, tokenizer, task, unseen)
     tell(before, task)
     heading("training")
+    torch.manual_seed(config.seed)  # lora_A starts at random
     lora.inject(model, LORA)
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, LORA))

@@ -146,3 +146,12 @@ def test_adapters_take_the_models_dtype_when_asked(trained, tiny_checkpoint, tmp
     said = capsys.readouterr().out
     assert "parameters in bfloat16 on cpu" in said
     assert "in float32: " in said
+
+
+def test_two_runs_of_train_with_one_seed_end_bitwise_equal(trained, tiny_checkpoint, tmp_path):
+    saved = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        argv = ["--model", tiny_checkpoint, "--data", trained / "chat.jsonl", "--config", trained / "run.toml"]
+        run("train", *argv, "--output", tmp_path / name, "--set", f"training.seed={seed}", "--set", "peft.lora_dropout=0.1")
+        saved.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert saved[0] == saved[1] != saved[2]
