@@ -10,6 +10,7 @@ from minilora import phi3
 from minilora.adapter import read_adapter_config, read_adapter_tensors
 from minilora.config import LoraConfig, read_run_config
 from minilora.data import Example
+from minilora.files import replaced_folder
 from minilora.injection import find_targets
 from minilora.trainable import count_parameters
 
@@ -93,8 +94,9 @@ def merge(args: Namespace) -> None:
         raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
     model = lora.load_adapter(phi3.load(args.model), args.adapter)
     lora.merge(model)
-    phi3.save(model, args.output)
-    phi3.copy_tokenizer(args.model, args.output)
+    with replaced_folder(args.output) as new:
+        phi3.save(model, new)
+        phi3.copy_tokenizer(args.model, new)
     print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}")
 
 
