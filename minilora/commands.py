@@ -26,6 +26,8 @@ def train(args: Namespace) -> None:
     output = args.output or (run.output_dir and Path(run.output_dir))
     if not output:
         raise ValueError("name a folder for the adapter with --output, or output_dir in [training]")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} must be a folder, and is a file: choose another --output")
     if (output / "adapter").exists() and not run.overwrite_output_dir:
         raise FileExistsError(
             f"{output / 'adapter'} exists: choose another --output, or allow it to be replaced with "
@@ -106,6 +108,8 @@ def info(args: Namespace) -> None:
         sizes = [tensor.numel() for tensor in read_adapter_tensors(args.path).values()]
         print(f"{args.path}: a LoRA adapter, {_settings(config)}; {sum(sizes):,} parameters for {len(sizes) // 2} layers")
         return
+    if not (args.path / "config.json").exists():
+        raise FileNotFoundError(f"{args.path} must hold config.json (a checkpoint) or adapter_config.json (an adapter)")
     with torch.device("meta"):
         config = phi3.Phi3Config.read(args.path / "config.json")
         model = phi3.Phi3ForCausalLM(config)

@@ -98,6 +98,14 @@ def test_defaults_of_every_command_are_set():
     assert str(args.output) == "runs/demo"
 
 
+def test_what_is_no_checkpoint_and_no_adapter_is_told(tmp_path, fails):
+    assert "must hold config.json (a checkpoint) or adapter_config.json (an adapter)" in fails("info", tmp_path)
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path, chat, fails):
+    assert "must be a folder, and is a file" in fails(*train(tmp_path / "no model", chat, chat))
+
+
 # Bad checkpoints -----------------------------------------------------------------------------------------------------
 
 

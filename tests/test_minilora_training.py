@@ -230,6 +230,14 @@ def test_weight_decay_shrinks_what_has_no_gradient_yet():
             assert rms_error(tensor, 0.95 * start[name]) < 1e-6, name
 
 
+def test_no_gradient_of_one_step_reaches_the_next():
+    dataset = examples(4)
+    # So small a step moves nothing that shows: the same batch has the same gradient at every step.
+    result = train(adapted(), dataset, per_device_train_batch_size=4, num_train_epochs=3, learning_rate=1e-9, max_grad_norm=1e9)
+    norms = [line["grad_norm"] for line in result.log]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)
+
+
 def test_every_example_is_seen_once_an_epoch():
     dataset = examples(7)
     result = train(adapted(), dataset, num_train_epochs=3)
