@@ -2,7 +2,10 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
+
+from minilora.config import RUN_KEYS, LoraConfig, RunConfig, TrainConfig
 
 DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
 
@@ -21,7 +24,8 @@ The loss is on the assistant's turns only, their end tokens included.
 
 TRAIN_HELP = """Fine-tunes a LoRA adapter on conversations.
 
-Settings come from a TOML file whose two tables hold the keys of the Phi-3 cookbook's two dictionaries, and from --set:
+Settings come from a TOML file whose two tables hold the keys of the Phi-3 cookbook's two dictionaries, and from --set.
+An example (the defaults are at the end):
 
   [training]                             [peft]
   learning_rate = 1e-4                   r = 16
@@ -40,9 +44,18 @@ TRAIN_EPILOG = (
 Example:
   minilora train --model Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16 --set training.max_steps=100
 
-OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM load it), log.jsonl, and checkpoint-STEP/ every save_steps.
+OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
+
+Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):
 """
 )
+
+
+def _defaults() -> str:
+    tables = (("training", TrainConfig), ("peft", LoraConfig))
+    values = [("training", name, getattr(RunConfig(), name)) for name in RUN_KEYS]
+    values += [(table, field.name, getattr(config(), field.name)) for table, config in tables for field in fields(config)]
+    return "\n".join(f"  {table}.{name} = {value!r}" for table, name, value in values)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,9 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model", type=Path, metavar="DIR", help="a Phi-3 checkpoint of your own instead of the embedded SmolLM2 weights"
     )
-    demo.add_argument("--max-steps", type=int, metavar="N", help="train for fewer steps than the whole data takes")
+    demo.add_argument("--max-steps", type=int, metavar="N", help="train for fewer steps (the tests before and after stay)")
 
-    train = command("train", "fine-tune an adapter on conversations", TRAIN_HELP, TRAIN_EPILOG)
+    train = command("train", "fine-tune an adapter on conversations", TRAIN_HELP, TRAIN_EPILOG + _defaults())
     _model(train)
     train.add_argument("--data", type=Path, required=True, metavar="FILE", help="conversations to train on")
     train.add_argument("--eval-data", type=Path, metavar="FILE", help="conversations to evaluate on")
@@ -143,6 +156,11 @@ def main(argv: list[str] | None = None) -> int:
         getattr(commands, args.command)(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"minilora {args.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what torch says of a CPU that has no more
+            raise
+        print(f"minilora {args.command}: out of memory: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nminilora {args.command}: stopped", file=sys.stderr)

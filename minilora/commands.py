@@ -1,5 +1,6 @@
 """What each command of the command line does, with the library's public verbs; cli.py says what can be typed."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def train(args: Namespace) -> None:
         )
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
+    _check_folders(args)
     tokenizer = phi3.load_tokenizer(args.model)
     dataset = _examples(args.data, tokenizer, run.max_seq_length, args.drop_long)
     eval_dataset = args.eval_data and _examples(args.eval_data, tokenizer, run.max_seq_length, args.drop_long)
@@ -44,8 +46,9 @@ def train(args: Namespace) -> None:
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, run.peft))
     result = lora.train(model, dataset, run.training, eval_dataset, output, base=str(args.model))
-    losses = [line["loss"] for line in result.log if "loss" in line]
-    print(f"{result.steps} steps, {result.tokens} tokens in {result.seconds:.0f} s; loss {losses[0]:.4f} → {losses[-1]:.4f}")
+    lines = [line for line in result.log if "loss" in line]
+    losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
+    print(f"{result.tokens} tokens in {result.seconds:.0f} s; loss {losses}")
     for line in result.log[-1:]:
         if "eval_loss" in line:
             print(f"evaluation: loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.2f}")
@@ -53,6 +56,7 @@ def train(args: Namespace) -> None:
 
 
 def eval(args: Namespace) -> None:
+    _check_folders(args)
     tokenizer = phi3.load_tokenizer(args.model)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
@@ -65,6 +69,7 @@ def generate(args: Namespace) -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}
     phi3.Sampling(**settings)  # a wrong setting is told before the model is loaded
+    _check_folders(args)
     tokenizer = phi3.load_tokenizer(args.model)
     model = _load(args)
     messages = [{"role": "system", "content": args.system}] if args.system else []
@@ -74,7 +79,7 @@ def generate(args: Namespace) -> None:
     print("a chat: end it with Ctrl-D")
     while True:
         try:
-            question = input("> ")
+            question = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             print()
             return
@@ -94,6 +99,7 @@ def _answer(model, tokenizer: phi3.Tokenizer, messages: list[dict], settings: di
 def merge(args: Namespace) -> None:
     if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
+    _check_folders(args)
     model = lora.load_adapter(phi3.load(args.model), args.adapter)
     lora.merge(model)
     with replaced_folder(args.output) as new:
@@ -142,6 +148,15 @@ def load_model(path: Path, device: str = "auto", dtype: str = "auto", bf16: bool
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
     print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}; kernels: plain PyTorch")
     return model
+
+
+def _check_folders(args: Namespace) -> None:
+    """A wrong folder is told before anything is loaded."""
+    if not (args.model / "config.json").exists():
+        hint = ": this is an adapter, for --adapter" if (args.model / "adapter_config.json").exists() else ""
+        raise FileNotFoundError(f"--model {args.model} must be a checkpoint, a folder with config.json{hint}")
+    if getattr(args, "adapter", None):
+        read_adapter_config(args.adapter)
 
 
 def _load(args: Namespace, bf16: bool | None = None) -> phi3.Phi3ForCausalLM:

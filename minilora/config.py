@@ -249,4 +249,4 @@ def _tables(source: Path | str, text: bytes) -> dict:
     try:
         return tomllib.loads(text.decode())
     except ValueError as error:
-        raise ValueError(f"{source} must be TOML: {error}") from None
+        raise ValueError(f"{source} must be TOML: {error}; a text stands in quotes, training.output_dir='out'") from None

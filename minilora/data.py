@@ -53,6 +53,8 @@ def read_conversations(path: Path | str) -> list[Conversation]:
         ValueError: it is not text, or lines are broken (no JSON, another shape, an unknown role, an empty text, no assistant);
             file and line of each are named.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} must be a JSON Lines file of conversations, and is no file")
     conversations, faults = [], []
     with open(path, encoding="utf-8") as lines:
         try:
@@ -61,6 +63,8 @@ def read_conversations(path: Path | str) -> list[Conversation]:
                     continue
                 try:
                     conversations.append(Conversation(_messages(json.loads(line)), f"{path}:{number}"))
+                except json.JSONDecodeError as error:
+                    faults.append(f"{path}:{number}: no JSON: {error.msg} at character {error.pos + 1}")
                 except ValueError as error:
                     faults.append(f"{path}:{number}: {error}")
         except UnicodeDecodeError as error:

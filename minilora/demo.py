@@ -80,6 +80,8 @@ def run(output: Path, model_path: Path | None = None, max_steps: int | None = No
     settings = {"model": name, "dtype": model.lm_head.weight.dtype, "device": model.lm_head.weight.device}
     write_report(make_report(summary, task, before, after, log, settings | asdict(LORA) | asdict(config)), output)
     print(f"\nexact answers on unseen sentences: {summary['exact_before']:.0%} → {summary['exact_after']:.0%}")
+    print(f"try it: minilora generate --model {folder} --adapter {output / 'adapter'} \\")
+    print(f'  --system "{demo_task.SYSTEM}" --prompt "make the attic 19 degrees"')
     print(f"wrote adapter/, data/, log.jsonl, summary.json, loss.png and report.html into {output}")
     return summary
 

@@ -30,7 +30,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         try:
             os.replace(new, path)
-        except OSError:
+        except BaseException:  # an interrupt between the two renames too
             if old.exists():
                 os.replace(old, path)
             raise

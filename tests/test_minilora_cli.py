@@ -106,6 +106,40 @@ def test_an_output_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path
     assert "must be a folder, and is a file" in fails(*train(tmp_path / "no model", chat, chat))
 
 
+def test_an_adapter_given_as_a_model_is_told_so(adapter, fails):
+    assert "this is an adapter, for --adapter" in fails("generate", "--model", adapter, "--prompt", "x")
+
+
+def test_data_that_is_no_file_is_told(tiny_checkpoint, tmp_path, fails):
+    assert "must be a JSON Lines file" in fails(*train(tiny_checkpoint, tmp_path, tmp_path / "out"))
+
+
+LITTLE_MEMORY = """
+import resource, sys, torch
+from minilora.cli import main
+import minilora.commands
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, used + 200_000_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_too_little_memory_is_told_in_one_line(tiny_checkpoint, chat, tmp_path):
+    command = [*train(tiny_checkpoint, chat, tmp_path / "out"), "--set", "peft.r=10000000"]
+    result = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "minilora train: out of memory: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    for line in ("training.max_seq_length = 2048", "training.learning_rate = 0.0001", "peft.lora_alpha = 8"):
+        assert line in said
+
+
 # Bad checkpoints -----------------------------------------------------------------------------------------------------
 
 
