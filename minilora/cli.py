@@ -75,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model", type=Path, metavar="DIR", help="a Phi-3 checkpoint of your own instead of the embedded SmolLM2 weights"
     )
-    demo.add_argument("--max-steps", type=int, metavar="N", help="train for fewer steps (the tests before and after stay)")
+    demo.add_argument(
+        "--max-steps", type=int, default=-1, metavar="N", help="train for fewer steps (the tests before and after stay)"
+    )
 
     train = command("train", "fine-tune an adapter on conversations", TRAIN_HELP, TRAIN_EPILOG + _defaults())
     _model(train)

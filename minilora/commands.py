@@ -49,9 +49,9 @@ def train(args: Namespace) -> None:
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
     print(f"{result.tokens} tokens in {result.seconds:.0f} s; loss {losses}")
-    for line in result.log[-1:]:
-        if "eval_loss" in line:
-            print(f"evaluation: loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.2f}")
+    last = result.log[-1]
+    if "eval_loss" in last:
+        print(f"evaluation: loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}")
     print(f"wrote {output / 'adapter'} and {output / 'log.jsonl'}")
 
 

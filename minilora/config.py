@@ -65,8 +65,16 @@ RULES = {
 }
 
 
+class BrokenSettings(ValueError):
+    """All faults of a config at once, one by one in `faults`."""
+
+    def __init__(self, faults: list[str]):
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
 def _check(config) -> None:
-    """Raises ValueError with every field that is of another type than annotated, or breaks its rule."""
+    """Raises BrokenSettings with every field that is of another type than annotated, or breaks its rule."""
     faults = []
     for item in dataclasses.fields(config):
         value, (keeps, rule) = getattr(config, item.name), RULES.get(item.name, (lambda _: True, ""))
@@ -75,7 +83,7 @@ def _check(config) -> None:
         elif not keeps(value):
             faults.append(f"{item.name} {rule}, not {value!r}")
     if faults:
-        raise ValueError("; ".join(faults))
+        raise BrokenSettings(faults)
 
 
 def _fits(value, kind) -> bool:
@@ -233,8 +241,8 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
     for table, (cls, values) in parts.items():
         try:
             made[table] = cls(**values)
-        except ValueError as error:
-            faults += [f"{'training' if table == 'run' else table}.{fault}" for fault in str(error).split("; ")]
+        except BrokenSettings as error:
+            faults += [f"{'training' if table == 'run' else table}.{fault}" for fault in error.faults]
     if faults:
         raise ValueError(f"{path or 'the settings'}:\n  " + "\n  ".join(faults))
     settings = {"training": made["training"], "peft": made["peft"], "without_effect": sorted(without_effect)}

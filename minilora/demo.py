@@ -37,10 +37,10 @@ class Exam:
     probes: list[str]
 
 
-def run(output: Path, model_path: Path | None = None, max_steps: int | None = None) -> dict:
+def run(output: Path, model_path: Path | None = None, max_steps: int = -1) -> dict:
     """Runs the demo and writes adapter/, data/, log.jsonl, summary.json, report.html and loss.png; returns the summary."""
     started = time.perf_counter()
-    config = lora.TrainConfig(**TRAINING, **({} if max_steps is None else {"max_steps": max_steps}))
+    config = lora.TrainConfig(**TRAINING, max_steps=max_steps)
     folder = model_path or demo_weights.obtain()
     name = str(model_path or "SmolLM2-135M-Instruct (Apache-2.0), re-expressed in the Phi-3 layout")
     print(f"model: {name}")

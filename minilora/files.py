@@ -26,11 +26,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         new, old = Path(beside, "new"), Path(beside, "old")
         new.mkdir()
         yield new
-        if path.exists():
-            os.replace(path, old)
         try:
+            if path.exists():
+                os.replace(path, old)
             os.replace(new, path)
         except BaseException:  # an interrupt between the two renames too
-            if old.exists():
+            if old.exists() and not path.exists():
                 os.replace(old, path)
             raise

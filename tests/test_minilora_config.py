@@ -338,3 +338,10 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.toml"):
         read_run_config(tmp_path / "absent.toml")
+
+
+def test_a_value_with_a_semicolon_is_one_fault(tmp_path):
+    (tmp_path / "run.toml").write_text('[training]\nlr_scheduler_type = "a; b"\n')
+    with pytest.raises(ValueError, match=r"run\.toml") as raised:
+        read_run_config(tmp_path / "run.toml")
+    assert str(raised.value).splitlines()[1:] == ["  training.lr_scheduler_type must be one of cosine, linear, not 'a; b'"]
