@@ -9,7 +9,7 @@ DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curv
 setup(
     name="minilora",
     version="0.1.0",
-    description="LoRA fine-tuning of the Phi-3 family from scratch in plain PyTorch",
+    description="LoRA fine-tuning of the Phi-3 family from scratch in PyTorch and Triton",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

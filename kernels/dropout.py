@@ -1,31 +1,74 @@
-"""Dropout whose mask is a function of its seed: backward makes it again instead of storing it.
+"""Dropout whose mask is a function of seed, row and column: made again wherever it is needed, stored nowhere.
 
-    drop(x) = keep(seed) ⊙ x / (1 − p),   keep ~ Bernoulli(1 − p)
+    drop(x) = keep ⊙ x / (1 − p)
+    keep[i, 8q + 2w + h] = half h (16 bits, the low one first) of word w of Philox4x32(key = seed, counter = (q, i, 0, 0)) ≥ 2¹⁶ p
 
-Source: Srivastava et al. 2014, "Dropout", in the inverted form (scaled while training).
+An element's fate depends on no tile, no thread and no neighbour, so that kernels of any shape agree on it, and one call
+of the generator decides eight elements. p is rounded to a multiple of 2⁻¹⁶. Seven rounds are the fewest that pass BigCrush.
+Source: Srivastava et al. 2014, "Dropout" (scaled while training); Salmon et al. 2011, "Parallel Random Numbers", §3.3, table 2.
 """
 
 import torch
 from torch import Tensor
 
+PHILOX_ROUNDS = 7
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of words 0 and 2
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85  # added to the key's halves after each round
+LOW = 0xFFFFFFFF
+CALLS = 2**15  # of the generator at once on a CPU
 
-def draw_seed() -> int:
-    """Draws a seed from torch's default generator, so that `torch.manual_seed` and activation checkpointing replay it."""
-    return int(torch.randint(2**63 - 1, ()))
+
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """Draws a seed, () int64 on device, from torch's generator there: manual_seed and activation checkpointing replay it."""
+    return torch.randint(2**63 - 1, (), device=device)
 
 
-def drop(x: Tensor, p: float, seed: int) -> Tensor:
+def threshold(p: float) -> int:
+    """2¹⁶ p, rounded: what an element's 16 bits must reach for it to be kept; at least one of the 2¹⁶ values does."""
+    return min(round(p * 2**16), 2**16 - 1)
+
+
+def kept_share(p: float) -> float:
+    """1 − p with p rounded as the mask rounds it."""
+    return 1 - threshold(p) / 2**16
+
+
+def philox(seed: Tensor, counter: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The four words (int64 holding 32 bits) of Philox4x32-7 for counters (c0, c1, 0, 0), c0 and c1 broadcast together."""
+    key = [seed & LOW, (seed >> 32) & LOW]
+    c0, c1 = counter
+    words = [c0, c1, torch.zeros_like(c0), torch.zeros_like(c1)]
+    for _ in range(PHILOX_ROUNDS):
+        first, third = words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1]  # modulo 2⁶⁴: all of their 64 bits
+        words = [((third >> 32) ^ words[1] ^ key[0]) & LOW, third, ((first >> 32) ^ words[3] ^ key[1]) & LOW, first]
+        key = [(half + step) & LOW for half, step in zip(key, KEY_STEPS, strict=True)]
+    return [word & LOW for word in words]
+
+
+def keep(M: int, N: int, p: float, seed: Tensor) -> Tensor:
+    """The mask itself, (M, N) booleans on seed's device, found in blocks of rows that fit the processor's cache."""
+    groups = torch.arange((N + 7) // 8, device=seed.device)[None]  # q, for each 8 columns
+    mask = torch.empty(M, groups.shape[1], 4, 2, dtype=torch.bool, device=seed.device)
+    step = max(1, CALLS // groups.shape[1]) if groups.numel() else 1
+    for start in range(0, M, step):
+        rows = torch.arange(start, min(start + step, M), device=seed.device)[:, None]
+        for w, word in enumerate(philox(seed, (groups, rows))):
+            torch.ge(word & 0xFFFF, threshold(p), out=mask[start : start + step, :, w, 0])
+            torch.ge(word >> 16, threshold(p), out=mask[start : start + step, :, w, 1])
+    return mask.flatten(1)[:, :N]
+
+
+def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Zeroes each element of x with probability p and divides the rest by 1 − p; the same seed drops the same elements.
 
     Linear in x and its own transpose, so the gradient of drop(x) is drop(gradient) with the same seed.
 
     Args:
-        x: any shape, any floating dtype.
+        x: (..., N), any floating dtype; the leading dimensions count as one, i in the equation.
         p: probability in [0, 1); with 0 x itself comes back.
-        seed: a non-negative integer below 2**63.
+        seed: () int64 on x's device; unread with p = 0.
     """
     if p == 0:
         return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-    return torch.where(keep, x, 0).mul_(1 / (1 - p))
+    M = x.numel() // max(x.shape[-1], 1)
+    return torch.where(keep(M, x.shape[-1], p, seed).view(x.shape), x, 0) / kept_share(p)

@@ -7,6 +7,13 @@ G slices share X; slice g owns R rows of A and adds to its own columns of Y only
 
     Y[:, start_g:stop_g] += s · drop(X) A_gᵀ B_gᵀ      A (G·R, K), B (Σ_g (stop_g − start_g), R)
 
+Everything is made of four steps, in PyTorch (lora_linear_torch) and in Triton (lora_linear_triton). With f = s / (1 − p):
+
+    forward    S = f · (keep ⊙ X) Aᵀ      Y = X Wᵀ + bias + S Bᵀ                  down, gemm
+    backward   T = f · dY B               dB = dYᵀ S                              sweep
+               dX = dY W + keep ⊙ (T A)   dA = Tᵀ (keep ⊙ X)                      gemm, outer
+
+X and S are saved, and the seed of keep; no second activation of X's size, and no dense B A, ever exists.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
 """
 
@@ -15,79 +22,129 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dropout import draw_seed, drop
+from minilora.kernels import backend, lora_linear_torch
+from minilora.kernels.dropout import draw_seed, drop, kept_share
+from minilora.kernels.lora_linear_torch import Slices, per_slice  # ((start, stop), …) columns of Y, ascending, disjoint
 
-Slices = tuple[tuple[int, int], ...]  # ((start, stop), …) columns of Y, ascending, disjoint
 
-
-def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias=None, dropout=0.0, seed=0, slices=None) -> Tensor:
+def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias=None, dropout=0.0, seed=None, slices=None) -> Tensor:
     """The equation as plain differentiable PyTorch, for any leading dimensions of x: the law the operation is held to."""
     slices = slices or ((0, weight.shape[0]),)
     y = F.linear(x, weight, bias)
     s = F.linear(drop(x, dropout, seed), lora_A.to(x.dtype))
     deltas = [torch.zeros_like(y[..., :0])]
     end = 0
-    for (start, stop), s_g, B_g in _per_slice(slices, s, lora_B.to(x.dtype)):
+    for (start, stop), s_g, B_g in per_slice(slices, s, lora_B.to(x.dtype)):
         deltas += [torch.zeros_like(y[..., end:start]), scaling * F.linear(s_g, B_g)]
         end = stop
     deltas.append(torch.zeros_like(y[..., end:]))
     return y + torch.cat(deltas, dim=-1)
 
 
-def _per_slice(slices: Slices, s: Tensor, lora_B: Tensor):
-    """Yields ((start, stop), S_g (M, R), B_g (stop − start, R)) for each slice: views, no copies."""
-    widths = [stop - start for start, stop in slices]
-    return zip(slices, s.chunk(len(slices), dim=-1), lora_B.split(widths), strict=True)
+def _steps(x: Tensor):
+    """The module whose four steps run for tensors like x."""
+    if backend.choose(x.device, x.dtype)[0] == "torch":
+        return lora_linear_torch
+    from minilora.kernels import lora_linear_triton  # here, so that machines without Triton import all the rest
+
+    return lora_linear_triton
 
 
-class _LoraLinear(torch.autograd.Function):
-    """Saves X and S = drop(X) Aᵀ (M, G·R) for backward, and no second activation of X's size.
+def forward(steps, x, weight, lora_A, lora_B, bias, seed, scaling, dropout, slices) -> tuple[Tensor, Tensor]:
+    """(Y (M, N), S (M, G·R)) by the steps of a module."""
+    whole = ((0, x.shape[1]),)
+    s = steps.down(x, lora_A.T, whole, scaling / kept_share(dropout), steps.make_mask(*x.shape, dropout, seed))
+    return steps.gemm(x, weight, s, lora_B, slices, bias), s
 
-    With T_g = s · dY_g B_g (M, R), the columns dY_g of slice g, and T all T_g side by side:
 
-        dX = dY W + drop(T A)        dA = Tᵀ drop(X)        dB_g = s · dY_gᵀ S_g
-    """
+def backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, slices, needed) -> list[Tensor]:
+    """The gradients of those of x, weight, lora_A, lora_B and bias that are needed, in this order, and no product for others."""
+    need_x, need_weight, need_A, need_B, need_bias = needed
+    whole, factor = ((0, x.shape[1]),), scaling / kept_share(dropout)
+    mask = steps.make_mask(*x.shape, dropout, seed) if need_x or need_A else None
+    gradients = {}
+    if need_B and (need_x or need_A):
+        t, gradients["lora_B"] = steps.sweep(dy, lora_B, s, slices, factor)
+    elif need_B:
+        gradients["lora_B"] = steps.outer(dy, s, lora_B, slices)
+    elif need_x or need_A:
+        t = steps.down(dy, lora_B, slices, factor)
+    if need_x:
+        gradients["x"] = steps.gemm(dy, weight.T, t, lora_A.T, whole, mask=mask)
+    if need_A:
+        gradients["lora_A"] = steps.outer(x, t, lora_A.T, whole, mask).T
+    if need_weight:
+        gradients["weight"] = dy.T @ x
+    if need_bias:
+        gradients["bias"] = dy.sum(dim=0)
+    return [gradients[name] for name in ("x", "weight", "lora_A", "lora_B", "bias") if name in gradients]
 
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, dropout, seed, slices):
-        s = drop(x, dropout, seed) @ lora_A.to(x.dtype).T  # (M, G·R)
-        y = F.linear(x, weight, bias)  # (M, N)
-        for (start, stop), s_g, B_g in _per_slice(slices, s, lora_B.to(x.dtype)):
-            y[:, start:stop].addmm_(s_g, B_g.T, alpha=scaling)
-        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.slices = scaling, dropout, seed, slices
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, s, weight, lora_A, lora_B = ctx.saved_tensors
-        need_x, need_weight, need_A, need_B, _, need_bias, *_ = ctx.needs_input_grad
-        dx = dw = dA = dB = dbias = None
-        if need_x or need_A:
-            t = torch.empty_like(s)
-            per_slice = _per_slice(ctx.slices, t, lora_B.to(dy.dtype))
-            for (start, stop), t_g, B_g in per_slice:
-                torch.mul(dy[:, start:stop] @ B_g, ctx.scaling, out=t_g)
-        if need_x:
-            dx = dy @ weight
-            if ctx.dropout:
-                dx += drop(t @ lora_A.to(dy.dtype), ctx.dropout, ctx.seed)
-            else:
-                dx.addmm_(t, lora_A.to(dy.dtype))
-        if need_A:
-            dA = (t.T @ drop(x, ctx.dropout, ctx.seed)).to(lora_A.dtype)
-        if need_B:
-            dB = torch.empty_like(lora_B)
-            for (start, stop), s_g, dB_g in _per_slice(ctx.slices, s, dB):
-                torch.mul(dy[:, start:stop].T @ s_g, ctx.scaling, out=dB_g)
-        if need_weight:
-            dw = dy.T @ x
-        if need_bias:
-            dbias = dy.sum(dim=0)
-        return dx, dw, dA, dB, None, dbias, None, None, None
+def _pairs(edges: list[int]) -> Slices:
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+@torch.library.custom_op("minilora::lora_linear", mutates_args=())
+def _forward_op(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None,
+    scaling: float, dropout: float, edges: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with torch.cuda.device_of(x):
+        adapter = lora_A.contiguous(), lora_B.contiguous()
+        return forward(_steps(x), x, weight, *adapter, bias, seed, scaling, dropout, _pairs(edges))
+
+
+@_forward_op.register_fake
+def _(x, weight, lora_A, lora_B, bias, seed, scaling, dropout, edges):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@torch.library.custom_op("minilora::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    scaling: float, dropout: float, edges: list[int], needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    with torch.cuda.device_of(x):
+        return backward(_steps(x), dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, _pairs(edges), needed)
+
+
+@_backward_op.register_fake
+def _(dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, edges, needed):
+    shapes = [(x, x.shape), (weight, weight.shape), (lora_A, lora_A.shape), (lora_B, lora_B.shape), (weight, weight.shape[:1])]
+    return [like.new_empty(shape) for (like, shape), need in zip(shapes, needed, strict=True) if need]
+
+
+def _save(ctx, inputs, output):
+    x, weight, lora_A, lora_B, _, seed, *ctx.constants = inputs
+    ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
+
+
+def _gradients(ctx, dy, _):
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4)]  # x, weight, lora_A, lora_B, bias
+    found = iter(_backward_op(dy, *ctx.saved_tensors, *ctx.constants, needed))
+    return *(next(found) if need else None for need in needed), None, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError("lora_linear cannot be differentiated twice: its backward is written by hand; use lora_linear_reference")
+
+
+_forward_op.register_autograd(_gradients, setup_context=_save)
+_backward_op.register_autograd(_refuse)
+
+
+def _autocast(x, weight, lora_A, lora_B, bias, *rest):
+    """Under autocast, x, weight and bias go to its dtype; the adapters stay as they are, and are rounded where they are used."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _forward_op(x.to(dtype), weight.to(dtype), lora_A, lora_B, None if bias is None else bias.to(dtype), *rest)
+
+
+_library = torch.library.Library("minilora", "FRAGMENT")
+for _device in ("CPU", "CUDA"):
+    _library.impl("lora_linear", _autocast, f"Autocast{_device}")
 
 
 def lora_linear(
@@ -102,8 +159,10 @@ def lora_linear(
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, differentiable once in every tensor that asks for a gradient.
 
+    A torch operation, minilora::lora_linear: it works under torch.compile, activation checkpointing and autocast.
+
     Args:
-        x: (..., K), float32, bfloat16 or float16.
+        x: (..., K), float32, bfloat16 or float16 (float64 in plain PyTorch).
         weight: (N, K), x's dtype.
         lora_A: (G·R, K), any floating dtype; rounded to x's dtype for the product.
         lora_B: (width of all slices, R), likewise. Gradients come back in the adapter's own dtype.
@@ -113,15 +172,16 @@ def lora_linear(
         slices: (start, stop) columns of y for each of the G adapters, ascending and disjoint; all of y when None.
 
     Returns:
-        (..., N) in x's dtype.
+        (..., N) in x's dtype, or in autocast's.
 
     Raises:
-        ValueError: the shapes, slices or dtypes do not fit; all faults at once.
+        ValueError: the shapes, slices, dtypes or devices do not fit; all faults at once.
     """
     slices = slices or ((0, weight.shape[0]),)
     _check(x, weight, lora_A, lora_B, bias, dropout, slices)
-    seed = draw_seed() if dropout else 0
-    y = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, scaling, bias, dropout, seed, slices)
+    seed = draw_seed(x.device) if dropout else None
+    edges = list(itertools.chain.from_iterable(slices))
+    y, _ = _forward_op(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, bias, seed, scaling, dropout, edges)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -133,9 +193,13 @@ def _check(x, weight, lora_A, lora_B, bias, dropout, slices):
     faults = []
     if x.shape[-1] != K:
         faults.append(f"x must end in K = {K} features, not {tuple(x.shape)}")
-    if x.dtype != weight.dtype:
+    devices = {str(t.device) for t in (x, weight, lora_A, lora_B, bias) if t is not None}
+    if len(devices) > 1:
+        faults.append(f"all tensors must be on one device, not on {' and '.join(sorted(devices))}")
+    cast = torch.is_autocast_enabled(x.device.type)  # autocast makes the dtypes of x, weight and bias agree
+    if x.dtype != weight.dtype and not cast:
         faults.append(f"x and weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x")
-    if bias is not None and bias.dtype != weight.dtype:
+    if bias is not None and bias.dtype != weight.dtype and not cast:
         faults.append(f"bias and weight must share a dtype, not {bias.dtype} and {weight.dtype}")
     if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
         faults.append(f"lora_A and lora_B must be floating, not {lora_A.dtype} and {lora_B.dtype}")

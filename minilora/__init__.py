@@ -1,4 +1,4 @@
-"""minilora: LoRA fine-tuning of the Phi-3 family from scratch in plain PyTorch.
+"""minilora: LoRA fine-tuning of the Phi-3 family from scratch in PyTorch and Triton.
 
 The public names, each fetched from its room on first use, so that importing the package costs nothing:
 """

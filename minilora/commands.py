@@ -13,6 +13,7 @@ from minilora.config import LoraConfig, read_run_config
 from minilora.data import Example
 from minilora.files import replaced_folder
 from minilora.injection import find_targets
+from minilora.kernels import backend
 from minilora.trainable import count_parameters
 
 
@@ -146,7 +147,8 @@ def load_model(path: Path, device: str = "auto", dtype: str = "auto", bf16: bool
         raise ValueError(f"--dtype {dtype} and bf16 = {str(bf16).lower()} in [training] contradict one another")
     model = phi3.load(path, getattr(torch, dtype), device)
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
-    print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}; kernels: plain PyTorch")
+    print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}")
+    print(f"kernels: {backend.describe(torch.device(device), getattr(torch, dtype))}")
     return model
 
 

@@ -2,96 +2,18 @@
 
 import itertools
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers import Multiplications, rms_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, cases, usual_case
 from torch.utils.checkpoint import checkpoint
 
+from minilora.kernels import lora_linear_torch
 from minilora.kernels.dropout import draw_seed
-from minilora.kernels.lora_linear import lora_linear, lora_linear_reference
-
-TENSORS = ("x", "weight", "lora_A", "lora_B", "bias")
-# Largest RMS(error) / RMS(reference) allowed, by the dtype of x: about 1.4 times the worst of 1,500 cases, 60 times in float64.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 7e-3}
-
-
-@dataclass(repr=False)
-class Case:
-    tensors: dict[str, torch.Tensor | None]
-    scaling: float
-    dropout: float
-    slices: tuple[tuple[int, int], ...] | None
-    dy: torch.Tensor
-    seed: int  # of torch's default generator just before the operation
-
-    def __repr__(self):
-        shapes = {name: (*t.shape, t.dtype, t.stride()) for name, t in self.tensors.items() if t is not None}
-        return f"{shapes}, scaling {self.scaling}, dropout {self.dropout}, slices {self.slices}, seed {self.seed}"
-
-    def operation(self):
-        torch.manual_seed(self.seed)
-        return self._run(self.tensors, self.dy, lora_linear)
-
-    def reference(self):
-        torch.manual_seed(self.seed)
-        seed = draw_seed() if self.dropout else 0
-        double = {name: None if t is None else t.detach().double().requires_grad_() for name, t in self.tensors.items()}
-        return self._run(double, self.dy.double(), lora_linear_reference, seed=seed)
-
-    def _run(self, tensors, dy, function, **more):
-        y = function(**tensors, scaling=self.scaling, dropout=self.dropout, slices=self.slices, **more)
-        given = {name: t for name, t in tensors.items() if t is not None}
-        return {"y": y} | dict(zip(given, torch.autograd.grad(y, list(given.values()), dy), strict=True))
-
-
-def make_case(leading, K, N, R, slices, dtype, adapter_dtype, *, bias, layout, expanded, scaling, dropout, seed) -> Case:
-    """Random tensors scaled by 1/sqrt(fan_in): x and dy of unit size, so that no result's size hides another's error."""
-    torch.manual_seed(seed)
-    edges = slices or ((0, N),)
-    x = torch.randn(*leading, K)
-    if layout == "transposed":
-        x = torch.randn(K, *leading).movedim(0, -1)
-    elif layout == "strided":
-        x = torch.randn(*leading, 2 * K)[..., ::2]
-    shape_A, width = (len(edges) * R, K), sum(stop - start for start, stop in edges)
-    return Case(
-        {
-            "x": x.to(dtype).requires_grad_(),
-            "weight": (torch.randn(N, K) / K**0.5).to(dtype).requires_grad_(),
-            "lora_A": (torch.randn(shape_A) / K**0.5).to(adapter_dtype).requires_grad_(),
-            "lora_B": (torch.randn(width, R) / R**0.5).to(adapter_dtype).requires_grad_(),
-            "bias": torch.randn(N).to(dtype).requires_grad_() if bias else None,
-        },
-        scaling,
-        dropout,
-        slices,
-        torch.randn(N).to(dtype).expand(*leading, N) if expanded else torch.randn(*leading, N).to(dtype),
-        seed,
-    )
-
-
-@st.composite
-def cases(draw, dtypes, leadings, sizes, ranks, least_columns):
-    K, N, R = draw(sizes), draw(sizes), draw(ranks)
-    cuts = sorted(draw(st.sets(st.integers(0, N), min_size=2, max_size=5)))
-    slices = tuple(sorted(draw(st.lists(st.sampled_from(list(itertools.pairwise(cuts))), min_size=1, unique=True))))
-    if draw(st.booleans()) or sum(stop - start for start, stop in slices) < least_columns:
-        slices = None
-    dtype, adapter_dtype = draw(st.sampled_from(dtypes))
-    return make_case(
-        draw(leadings), K, N, R, slices, dtype, adapter_dtype,
-        bias=draw(st.booleans()),
-        layout=draw(st.sampled_from(["contiguous", "transposed", "strided"])),
-        expanded=draw(st.booleans()) and dtype == torch.float64,
-        scaling=draw(st.sampled_from([1.0, 0.25, 2.0, -1.5])),
-        dropout=draw(st.sampled_from([0.0, 0.1, 0.6])),
-        seed=draw(st.integers(0, 2**31)),
-    )  # fmt: skip
-
+from minilora.kernels.lora_linear import backward, forward, lora_linear, lora_linear_reference
 
 ANY_SHAPE = cases(
     dtypes=[(torch.float64, torch.float64)],
@@ -116,16 +38,6 @@ ROUNDED = cases(
 )
 
 
-def assert_equals_reference(case: Case) -> None:
-    tolerance = TOLERANCE[case.tensors["x"].dtype]
-    actual, reference = case.operation(), case.reference()
-    errors = {name: rms_error(actual[name], reference[name]) for name in reference}
-    assert all(error <= tolerance for error in errors.values()), f"{errors} must be at most {tolerance}"
-    for name, tensor in case.tensors.items():
-        assert tensor is None or actual[name].dtype == tensor.dtype, f"the gradient of {name} must have its dtype"
-    assert actual["y"].dtype == case.tensors["x"].dtype
-
-
 @given(ANY_SHAPE)
 def test_value_and_every_gradient_equal_the_reference_for_any_shape(case):
     assert_equals_reference(case)
@@ -135,11 +47,6 @@ def test_value_and_every_gradient_equal_the_reference_for_any_shape(case):
 @given(ROUNDED)
 def test_value_and_every_gradient_stay_within_rounding_of_the_float64_reference(case):
     assert_equals_reference(case)
-
-
-def usual_case(dtype=torch.float64, adapter_dtype=None, dropout=0.3, slices=((0, 5), (7, 9)), leading=(2, 3), **fields) -> Case:
-    settings = {"bias": True, "layout": "contiguous", "expanded": False, "scaling": 1.5, "seed": 3} | fields
-    return make_case(leading, 7, 11, 2, slices, dtype, adapter_dtype or dtype, dropout=dropout, **settings)
 
 
 def test_the_measure_rejects_zeros_and_nan():
@@ -158,7 +65,7 @@ def test_gradients_of_operation_and_reference_agree_with_finite_differences(drop
         return lora_linear(x, weight, A, B, 0.7, bias, dropout, slices)
 
     def reference(x, weight, A, B, bias):
-        return lora_linear_reference(x, weight, A, B, 0.7, bias, dropout, 11, slices)
+        return lora_linear_reference(x, weight, A, B, 0.7, bias, dropout, torch.tensor(11), slices)
 
     assert torch.autograd.gradcheck(operation, tensors)
     assert torch.autograd.gradcheck(reference, tensors)
@@ -189,21 +96,19 @@ def test_columns_outside_the_slices_are_those_of_the_frozen_layer_bit_for_bit():
 def test_a_second_derivative_is_refused():
     tensors = usual_case(slices=None).tensors
     (dx,) = torch.autograd.grad(lora_linear(**tensors, scaling=1.0).sum() ** 2, tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*lora_linear_reference"):
         dx.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_x_s_and_the_parameters_are_all_that_is_saved(dtype):
+def test_x_s_the_seed_and_the_parameters_are_all_that_is_saved(dtype):
     tensors = usual_case(dtype, torch.float32).tensors
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         lora_linear(**tensors, scaling=1.5, dropout=0.3, slices=((0, 5), (7, 9)))
     own = {tensor.data_ptr(): name for name, tensor in tensors.items()}
-    assert sorted(own.get(tensor.data_ptr(), "s") for tensor in saved) == ["lora_A", "lora_B", "s", "weight", "x"]
-    (s,) = (tensor for tensor in saved if tensor.data_ptr() not in own)
-    assert s.shape == (6, 4)  # (M, G·R)
-    assert s.dtype == dtype
+    assert sorted(own[t.data_ptr()] for t in saved if t.data_ptr() in own) == ["lora_A", "lora_B", "weight", "x"]
+    assert sorted((tuple(t.shape), t.dtype) for t in saved if t.data_ptr() not in own) == [((), torch.int64), ((6, 4), dtype)]
 
 
 def test_inputs_and_the_incoming_gradient_are_not_overwritten():
@@ -217,20 +122,34 @@ subsets = [set(names) for n in range(1, 5) for names in itertools.combinations(T
 
 
 @pytest.mark.parametrize("wanted", subsets, ids="+".join)
-def test_backward_computes_no_product_that_nobody_asked_for(wanted):
+def test_no_product_is_computed_that_nobody_asked_for(wanted):
     M, K, N, R = 5, 7, 11, 2
-    tensors = usual_case(torch.float32, slices=None, leading=(M,)).tensors
-    for name, tensor in tensors.items():
-        tensor.requires_grad_(name in wanted)
-    with Multiplications() as forward:
-        y = lora_linear(**tensors, scaling=2.0)
-    with Multiplications() as backward:
-        y.sum().backward()
-    assert forward.count == M * (N * K + R * K + N * R)
+    case = usual_case(torch.float32, slices=None, leading=(M,))
+    x, weight, lora_A, lora_B, bias = (case.tensors[name].detach() for name in TENSORS)
+    constants = (None, 2.0, 0.0, ((0, N),))  # seed, scaling, dropout, slices
+    with Multiplications() as there:
+        _, s = forward(lora_linear_torch, x, weight, lora_A, lora_B, bias, *constants)
+    with Multiplications() as back:
+        found = backward(
+            lora_linear_torch, case.dy, x, s, weight, lora_A, lora_B, *constants, [name in wanted for name in TENSORS]
+        )
+    assert len(found) == len(wanted)
+    assert there.count == M * (N * K + R * K + N * R)
     products = {"x": M * N * K + M * R * K, "weight": M * N * K, "lora_A": M * R * K, "lora_B": M * N * R}
     t = M * N * R if wanted & {"x", "lora_A"} else 0  # T = s · dY B serves both
-    assert backward.count == t + sum(products[name] for name in wanted)
-    assert {name for name, tensor in tensors.items() if tensor.grad is not None} == wanted
+    assert back.count == t + sum(products[name] for name in wanted)
+
+
+@pytest.mark.parametrize("wanted", [*subsets, {"bias"}, set(TENSORS)], ids="+".join)
+def test_autograd_asks_for_the_gradients_that_are_wanted_and_no_others(wanted, monkeypatch):
+    case = usual_case(torch.float32)
+    asked = []
+    monkeypatch.setattr("minilora.kernels.lora_linear.backward", lambda *args: asked.append(args[-1]) or backward(*args))
+    for name, tensor in case.tensors.items():
+        tensor.requires_grad_(name in wanted)
+    lora_linear(**case.tensors, scaling=1.5, slices=case.slices).backward(case.dy)
+    assert asked == [[name in wanted for name in TENSORS]]
+    assert {name for name, tensor in case.tensors.items() if tensor.grad is not None} == wanted
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -260,6 +179,68 @@ def test_one_call_draws_one_seed_and_without_dropout_none(dropout, draws):
     torch.manual_seed(0)
     lora_linear(**tensors, scaling=1.0, dropout=dropout, slices=((0, 5), (7, 9)))
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def op_arguments(dropout: float, requires_grad: bool = True) -> tuple:
+    t = {name: tensor.detach().requires_grad_(requires_grad) for name, tensor in usual_case(torch.float32).tensors.items()}
+    x = t["x"].detach().flatten(0, 1).requires_grad_(requires_grad)
+    seed = torch.tensor(5) if dropout else None
+    return x, t["weight"], t["lora_A"], t["lora_B"], t["bias"], seed, 1.5, dropout, [0, 5, 7, 9]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_it_is_a_torch_operation_in_order(dropout):
+    torch.library.opcheck(torch.ops.minilora.lora_linear.default, op_arguments(dropout))
+    x, weight, lora_A, lora_B, _, *constants = op_arguments(dropout, requires_grad=False)
+    y, s = torch.ops.minilora.lora_linear(x, weight, lora_A, lora_B, None, *constants)
+    for needed in [True] * 5, [False, False, True, True, False]:
+        operation = torch.ops.minilora.lora_linear_backward.default
+        torch.library.opcheck(operation, (y, x, s, weight, lora_A, lora_B, *constants, needed))
+
+
+@pytest.mark.parametrize("slices", [None, ((0, 5), (7, 9))])
+def test_compiled_without_a_break_it_gives_the_same(slices):
+    case = usual_case(torch.float32, dropout=0.0, slices=slices)
+    eager = case.operation()
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    y = compiled(**case.tensors, scaling=case.scaling, dropout=case.dropout, slices=slices)
+    y.backward(case.dy)
+    assert torch.equal(y, eager["y"])
+    assert all(torch.equal(tensor.grad, eager[name]) for name, tensor in case.tensors.items())
+
+
+def test_compiled_and_checkpointed_with_dropout_backward_knows_the_mask():
+    case = usual_case(torch.float64, dropout=0.5, slices=None)
+
+    def run(x, weight, lora_A, lora_B, bias):
+        inner = lambda x: lora_linear(x, weight, lora_A, lora_B, case.scaling, bias, case.dropout)  # noqa: E731
+        return checkpoint(inner, x, use_reentrant=False)
+
+    x, *others = case.tensors.values()
+    y = torch.compile(run, fullgraph=True, backend="aot_eager")(x, *others)
+    y.backward(case.dy)
+    # y is linear in x, whatever the mask: with the mask of forward in backward, x · dx is (y − bias) · dy.
+    torch.testing.assert_close((x * x.grad).sum(), ((y - case.tensors["bias"]) * case.dy).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_x_weight_and_bias_and_keeps_the_gradients_dtypes(dtype):
+    case = usual_case(torch.float32, dropout=0.0)
+    with torch.autocast("cpu", dtype=dtype):
+        y = lora_linear(**case.tensors, scaling=case.scaling, slices=case.slices)
+    y.backward(case.dy.to(dtype))
+    reference = case.reference()
+    assert y.dtype == dtype
+    assert rms_error(y, reference["y"]) < TOLERANCE[dtype]
+    for name, tensor in case.tensors.items():
+        assert tensor.grad.dtype == torch.float32
+        assert rms_error(tensor.grad, reference[name]) < 2 * TOLERANCE[dtype], name
+
+
+def test_autocast_admits_what_it_makes_agree():
+    tensors = arguments(x=torch.zeros(5, 7).half(), bias=torch.zeros(11).double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lora_linear(**tensors).dtype == torch.bfloat16
 
 
 def arguments(**replaced) -> dict:
@@ -294,6 +275,7 @@ def arguments(**replaced) -> dict:
         ({"dropout": 1.0}, "dropout must lie in [0, 1), not 1.0"),
         ({"dropout": -0.1}, "dropout must lie in [0, 1), not -0.1"),
         ({"dropout": float("nan")}, "dropout must lie in [0, 1), not nan"),
+        ({"lora_A": torch.zeros(2, 7, device="meta")}, "all tensors must be on one device, not on cpu and meta"),
         # The docstring promises these dtypes: nothing else may come in silently.
         ({"bias": torch.zeros(11).double()}, "bias"),
         ({"lora_A": torch.zeros(2, 7).int()}, "lora_A"),

@@ -56,6 +56,16 @@ def test_the_figures_of_the_demo_are_those_of_the_committed_result():
     )
 
 
+def test_the_table_of_bytes_is_that_of_the_committed_result():
+    (row,) = json.loads((ROOT / "benchmarks" / "results" / "static.json").read_text())["rows"]
+    found = {(line["layer"], line["dropout"]): line for line in row["roofline"]}
+    for layer in ("qkv", "o", "gate_up", "down"):
+        figures = [found[layer, p][f"{way} bytes / least"] for p in (0.0, 0.05) for way in ("ours", "eager_peft")]
+        assert f"| {layer} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |" in README
+    assert (row["tokens"], row["r"]) == (4096, 16)
+    assert "4,096 tokens, r 16, bfloat16" in " ".join(README.split())
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda file: file.name)
 def test_the_example_settings_are_read(file):
     assert read_run_config(file).peft.r == 16

@@ -1,0 +1,71 @@
+"""Which tile each kernel runs with: a small table to read and to question, in place of a search at run time.
+
+A search needs a GPU, repeats on every machine and makes results depend on timing noise; these rows are compiled for sm_80,
+sm_89 and sm_90 by the tests, which hold each to no spilled register, to tensor cores and to the shared memory of its device.
+Tiles are (rows, columns, depth of a step, warps, stages of loads in flight).
+"""
+
+from dataclasses import dataclass
+
+PROGRAMS = 128  # what fills an A100 (108 processors), an H100 (132) or an RTX 4090 (128) once
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM × BN is what one program works on, over the third dimension in steps of BK where there is one."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+def for_gemm(arch: int, itemsize: int, M: int, N: int, rank: int, dropout: bool, aligned: bool) -> Tile:
+    """arch as in sm_<arch>; itemsize of the operands in bytes; rank of the whole update; aligned: rows start at 16 bytes."""
+    if not aligned:
+        return Tile(64, 64, 32, 4, 3)  # loads of single numbers need registers for their addresses: more would spill
+    if itemsize == 4:
+        return Tile(128, 128, 32, 8, 3)
+    small = Tile(64, 128, 64, 4, 3)
+    if rank > 128 or -(-M // 128) * -(-N // 128) < PROGRAMS:
+        return small  # few tokens: more processors have a tile; large ranks: registers are left for their loop
+    square = Tile(128, 128, 64, 8, 3)  # 64 KB on sm_89, which has 99
+    wide = Tile(128, 256, 64, 8, 3)  # a third fewer bytes from L2 than square
+    if arch == 80 and (dropout or rank > 16):
+        return square  # the mask, or the factors of more ranks, would spill some of wide
+    if arch in (90, 100) and dropout and rank > 64:
+        return square  # likewise the mask and a loop over ranks
+    return wide if arch in (80, 90, 100) else square
+
+
+def for_down(arch: int, itemsize: int, dropout: bool) -> Tile:
+    """BM rows of P by BN columns a step; bound by memory: enough loads in flight is all that it needs."""
+    if itemsize == 4:
+        return Tile(32, 64, 0, 4, 3)
+    # With 64 rows an H100 multiplies by warp groups, in fewer instructions, and leaves Philox the time that memory takes.
+    return Tile(64 if dropout and arch in (90, 100) else 32, 64, 0, 4, 4)
+
+
+def for_outer(itemsize: int, aligned: bool) -> Tile:
+    """BN columns of P by BM rows a step."""
+    return Tile(64, 128, 0, 4, 3) if itemsize == 2 and aligned else Tile(32, 64, 0, 4, 3)
+
+
+def for_sweep(itemsize: int) -> Tile:
+    """BM rows of P by BN columns a step. Each BM rows leave a partial D behind, so they are many."""
+    return Tile(256, 64, 0, 8, 3) if itemsize == 2 else Tile(64, 64, 0, 4, 2)
+
+
+def sweep_wins(itemsize: int, rank: int, aligned: bool) -> bool:
+    """Whether reading P once for T and D moves fewer bytes than reading it twice.
+
+    It saves itemsize · M · N and writes, then reads, ⌈M / BM⌉ partial D of N · rank float32 numbers. Rows that no load can
+    take in pieces of 16 bytes would spill registers there.
+    """
+    return aligned and 8 * rank < itemsize * for_sweep(itemsize).BM
+
+
+def split(programs: int, length: int, least: int) -> int:
+    """Into how many shares of at least `least` a sum of `length` terms is cut, where `programs` alone leave processors idle."""
+    return max(1, min(PROGRAMS // max(programs, 1), length // least))
