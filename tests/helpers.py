@@ -1,5 +1,6 @@
 """Measures and makers that several tests share."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def tiny_model(config: Phi3Config, seed: int = 0) -> Phi3ForCausalLM:
             if name.endswith("norm.weight"):
                 torch.nn.init.normal_(parameter, 1.0, 0.2)
     return model
+
+
+def as_transformers_has_it(config: Phi3Config) -> tuple[dict, dict]:
+    """The fields of a config as transformers 5 names them, and its rope_parameters."""
+    fields = dataclasses.asdict(config)
+    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    longrope = {name: value for name, value in (fields.pop("longrope") or {}).items() if value is not None}
+    if not longrope:
+        return fields, rope | {"rope_type": "default"}
+    longrope |= {"rope_type": "longrope", "original_max_position_embeddings": config.original_max_position_embeddings}
+    return fields, rope | longrope | {name: list(longrope[name]) for name in ("short_factor", "long_factor")}
 
 
 def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32):

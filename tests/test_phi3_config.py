@@ -7,7 +7,7 @@ import re
 
 import pytest
 import transformers
-from helpers import tiny_config
+from helpers import as_transformers_has_it, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -384,17 +384,6 @@ def longropes(pairs: int):
     factor = st.floats(1e-3, 1e3)
     factors = st.lists(factor, min_size=pairs, max_size=pairs)
     return st.builds(LongRope, factors, factors, factor=st.none() | factor, attention_factor=st.none() | factor)
-
-
-def as_transformers_has_it(config: Phi3Config) -> tuple[dict, dict]:
-    """The fields of a config as transformers names them, and its rope_parameters."""
-    fields = dataclasses.asdict(config)
-    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
-    longrope = {name: value for name, value in (fields.pop("longrope") or {}).items() if value is not None}
-    if not longrope:
-        return fields, rope | {"rope_type": "default"}
-    longrope |= {"rope_type": "longrope", "original_max_position_embeddings": config.original_max_position_embeddings}
-    return fields, rope | longrope | {name: list(longrope[name]) for name in ("short_factor", "long_factor")}
 
 
 @given(config=configs(), dtype=st.sampled_from(["bfloat16", "float32"]))
