@@ -126,11 +126,10 @@ class Phi3Model(nn.Module):
             if T in (1, keys) and (window is None or keys <= window):
                 mask = None  # one new token sees all; a whole sequence is SDPA's own causal case
         else:
-            same = (documents[:, keys - T :, None] == documents[:, None]) & (documents[:, None] > 0)  # (B, T, keys)
-            positions = ((same & (distance >= 0)).sum(dim=-1) - 1).clamp(min=0)
+            same = documents[:, keys - T :, None] == documents[:, None]  # (B, T, keys); padding is a document that nobody reads
+            positions = (same & (distance >= 0)).sum(dim=-1) - 1
             lengths, cached = same.sum(dim=-1), same[..., : keys - T].sum(dim=-1)
-            # A padded query sees itself, so that its softmax, which nobody reads, is not over nothing.
-            mask = (mask & same) | (distance == 0)
+            mask = mask & same
         self._check_one_table(cached, lengths)
         return positions, lengths, None if mask is None else mask.view(-1, 1, T, keys)
 
