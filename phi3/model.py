@@ -118,20 +118,19 @@ class Phi3Model(nn.Module):
         keys = T if cache is None else cache.length
         column = torch.arange(keys, device=device)
         query = column[keys - T :]
-        distance = query[:, None] - column  # (T, keys)
         window = self.config.sliding_window
-        mask = (distance >= 0) & (distance < (window or keys))
-        if documents is None:
-            positions, lengths, cached = query[None], distance.new_full((1, 1), keys), distance.new_full((1, 1), keys - T)
-            if T in (1, keys) and (window is None or keys <= window):
-                mask = None  # one new token sees all; a whole sequence is SDPA's own causal case
+        if documents is None and T in (1, keys) and (window is None or keys <= window):
+            # One new token sees all; a whole sequence is SDPA's own causal case, which needs no T × T mask.
+            positions, lengths, cached, mask = query[None], column.new_full((1, 1), keys), column.new_full((1, 1), keys - T), None
         else:
+            documents = column.new_ones(1, keys) if documents is None else documents
             same = documents[:, keys - T :, None] == documents[:, None]  # (B, T, keys); padding is a document that nobody reads
+            distance = query[:, None] - column  # (T, keys)
             positions = (same & (distance >= 0)).sum(dim=-1) - 1
             lengths, cached = same.sum(dim=-1), same[..., : keys - T].sum(dim=-1)
-            mask = mask & same
+            mask = (same & (distance >= 0) & (distance < (window or keys)))[:, None]
         self._check_one_table(cached, lengths)
-        return positions, lengths, None if mask is None else mask.view(-1, 1, T, keys)
+        return positions, lengths, mask
 
     def _check_one_table(self, cached: Tensor, lengths: Tensor) -> None:
         """Refuses to add queries turned by LongRoPE's long factors to cached keys turned by the short ones."""
