@@ -28,6 +28,11 @@ def rms_error(actual: Tensor, reference: Tensor) -> float:
     return float(error / torch.linalg.vector_norm(reference)) if error else 0.0
 
 
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    """max |Δ| as a share of the range of the expected values."""
+    return float((actual.double() - expected.double()).abs().max() / (expected.max() - expected.min()))
+
+
 class Multiplications(TorchDispatchMode):
     """Counts the multiplications of all matrix products run under it, those of backward included."""
 
@@ -80,13 +85,13 @@ def as_transformers_has_it(config: Phi3Config) -> tuple[dict, dict]:
     return fields, rope | longrope | {name: list(longrope[name]) for name in ("short_factor", "long_factor")}
 
 
-def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32):
+def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"):
     """The Phi3ForCausalLM of transformers with the weights in folder, which must be all that it needs and no more."""
     import transformers  # takes seconds, which tests without it are spared
 
     transformers.utils.logging.disable_progress_bar()
     theirs, info = transformers.Phi3ForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
     )
     assert not any(info.values()), info
     return theirs.eval()

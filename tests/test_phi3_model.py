@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from helpers import as_transformers_has_it, load_in_transformers, rms_error, tiny_config, tiny_model
+from helpers import as_transformers_has_it, largest_difference, load_in_transformers, rms_error, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
@@ -40,11 +40,6 @@ paddings = pytest.mark.parametrize("is_token", [EVERY, LEFT, RIGHT], ids=["unpad
 
 def random_ids(B=B, T=T, seed=0):
     return torch.randint(0, 260, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def largest_difference(actual, expected) -> float:
-    """max |Δ| as a share of the range of the expected logits."""
-    return float((actual.double() - expected.double()).abs().max() / (expected.max() - expected.min()))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
