@@ -116,10 +116,13 @@ def save(
 
     Raises:
         FileExistsError: the folder is there and not empty.
+        FileNotFoundError: there is no folder tokenizer_from.
         ValueError: adapters are not merged: they would be lost.
     """
     folder = Path(path)
     unmerged = [name for name, module in model.named_modules() if getattr(module, "merged", True) is False]
+    if tokenizer_from and not Path(tokenizer_from).is_dir():
+        raise FileNotFoundError(f"{tokenizer_from} must be a folder that holds tokenizer files")
     if unmerged:
         raise ValueError(f"merge the adapters first, or they would be lost: {', '.join(unmerged)}")
     if folder.exists() and any(folder.iterdir()):
@@ -143,22 +146,31 @@ def save(
 
 
 def _save_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """One file, or shards in the published naming with their index."""
+    """One file, or shards with their index."""
+    shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
+    if len(shards) > 1:
+        write_index(shards, sum(tensor.nbytes for tensor in tensors.values()), folder)
+    for file, names in shards.items():
+        save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes files that only their owner reads
+
+
+def plan_shards(sizes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors, of these sizes in bytes, go into which file, in their order and under the published names."""
     shards, room = [], 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room:
+    for name, size in sizes.items():
+        if not shards or size > room:
             shards.append([])
             room = shard_bytes
         shards[-1].append(name)
-        room -= tensor.nbytes
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        room -= size
     if len(shards) == 1:
-        files = [SINGLE]
-    else:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        home = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": home}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes files that only their owner reads
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def write_index(shards: dict[str, list[str]], total_bytes: int, folder: Path) -> None:
+    """Writes model.safetensors.index.json, which says where each tensor is."""
+    home = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": home}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

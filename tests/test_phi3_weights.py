@@ -126,6 +126,12 @@ def test_the_tokenizer_is_carried_along(tmp_path, tiny_tokenizer):
         assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_tokenizer_that_is_nowhere_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere must be a folder that holds tokenizer files$"):
+        phi3.save(tiny_model(tiny_config()), tmp_path / "model", tokenizer_from=tmp_path / "nowhere")
+    assert names_in(tmp_path) == set()
+
+
 def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path, tiny_tokenizer):
     (tmp_path / "tokenizer" / "tokenizer_config.json").mkdir(parents=True)  # no file to copy
     with pytest.raises(OSError, match=r"tokenizer_config\.json"):
