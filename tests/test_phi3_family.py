@@ -1,7 +1,7 @@
 """Every published variant against transformers: its true config, with two layers, two heads and a small vocabulary.
 
 Heads are of their true size, so that the rotary tables, the windows and their lengths are those of the checkpoint.
-`python -m benchmarks family` makes a table of these tests: variants by the words that it looks for in their names.
+`python -m benchmarks family` makes a table of these tests, by the words that it looks for in their names.
 """
 
 import dataclasses
@@ -214,7 +214,7 @@ def test_gradients_of_the_adapters_in_bfloat16(pair):
 
 
 @pytest.mark.parametrize("steps", [1, 7], ids=["token by token", "in pieces"])
-def test_the_cache_gives_the_logits_of_one_pass(pair, steps):
+def test_the_cache_gives_what_one_pass_gives(pair, steps):
     """Across the window; up to where LongRoPE changes its factors."""
     length = pair.edge if pair.ours.config.longrope else pair.edge + 1
     cache = KVCache(pair.ours.config, 1, length, torch.float32, torch.device("cpu"))
