@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import as_transformers_has_it, largest_difference, load_in_transformers, rms_error, tiny_model
+from safetensors.torch import load_file
 
 import minilora as lora
 from minilora import phi3
@@ -233,11 +234,12 @@ def test_the_cache_answers_as_transformers_across_the_edge(pair):
     assert [id_ for (id_,) in steps] == expected[0, pair.edge - 4 :].tolist()
 
 
-def test_what_is_saved_loads_bit_for_bit(pair):
+def test_what_is_saved_loads_bit_for_bit_and_holds_a_tied_head_once(pair):
     loaded, expected = phi3.load(pair.folder).state_dict(), pair.ours.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     assert phi3.load(pair.folder).config == pair.ours.config
+    assert ("lm_head.weight" in load_file(pair.folder / "model.safetensors")) != pair.ours.config.tie_word_embeddings
 
 
 def test_a_merged_model_is_saved_as_transformers_reads_it(pair, tmp_path):

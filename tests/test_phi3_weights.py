@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minilora import phi3
+from minilora.phi3.weights import plan_shards
 
 FILES = {"config.json", "model.safetensors"}
 
@@ -109,6 +110,12 @@ def test_shards_hold_at_most_so_many_bytes_and_load_bit_for_bit(tmp_path_factory
         assert raw["weight_map"].keys() == dict(model.named_parameters()).keys()
         assert set(raw["weight_map"].values()) == sizes.keys()
         assert sorted(sizes) == [f"model-{i:05}-of-{len(sizes):05}.safetensors" for i in range(1, len(sizes) + 1)]
+
+
+def test_a_shard_is_filled_to_its_last_byte_and_no_further():
+    sizes = {"a": 3, "b": 2, "c": 1, "large": 9, "d": 5}
+    assert list(plan_shards(sizes, 5).values()) == [["a", "b"], ["c"], ["large"], ["d"]]
+    assert plan_shards(sizes, 20) == {"model.safetensors": list(sizes)}
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
