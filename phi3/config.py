@@ -238,8 +238,10 @@ def _rope_settings(spelling: str, settings: dict) -> tuple[dict, list[str]]:
     known = {field.name for field in dataclasses.fields(LongRope)}
     known |= {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
     faults = [f"{spelling}.{name} is unknown, and may change what the model computes" for name in settings if name not in known]
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        faults.append(f"{spelling} must be null or of a type among {', '.join(ROPE_TYPES)}, not {kind!r}")
     read = {name: value for name, value in settings.items() if name in known - {"type"} and value is not None}
-    return (read | {"rope_type": ROPE_TYPES.get(kind)} if settings else {}), faults
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind not in list(ROPE_TYPES):  # a list, since anything may come, unhashable too
+        faults.append(f"{spelling} must be null or of a type among {', '.join(ROPE_TYPES)}, not {kind!r}")
+    elif settings:
+        read["rope_type"] = ROPE_TYPES[kind]
+    return read, faults

@@ -115,7 +115,7 @@ def test_rotary_settings_that_disagree_between_the_spellings_are_refused(tmp_pat
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", None])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", None, ["su"]])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_every_other_kind_of_rotary_embedding_is_refused(tmp_path, spelling, kind, key):
     message = f"{spelling} must be null or of a type among default, longrope, su, yarn, not {kind!r}"
