@@ -11,7 +11,6 @@ from minilora import phi3
 from minilora.adapter import read_adapter_config, read_adapter_tensors
 from minilora.config import LoraConfig, read_run_config
 from minilora.data import Example
-from minilora.files import replaced_folder
 from minilora.injection import find_targets
 from minilora.trainable import count_parameters
 
@@ -102,9 +101,7 @@ def merge(args: Namespace) -> None:
     _check_folders(args)
     model = lora.load_adapter(phi3.load(args.model), args.adapter)
     lora.merge(model)
-    with replaced_folder(args.output) as new:
-        phi3.save(model, new)
-        phi3.copy_tokenizer(args.model, new)
+    phi3.save(model, args.output, tokenizer_from=args.model)
     print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}")
 
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.phi3.cache import KVCache
+from minilora.phi3.config import Phi3Config
 from minilora.phi3.model import Phi3ForCausalLM
 from minilora.phi3.tokenizer import Message, Tokenizer
 
@@ -73,20 +75,28 @@ def generate_ids(
             "shorten the conversation or max_new_tokens"
         )
     device, B = model.lm_head.weight.device, len(prompts)
-    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, all so far)
+    is_token = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     cache = KVCache(model.config, B, longest + sampling.max_new_tokens, model.model.embed_tokens.weight.dtype, device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     running = [True] * B
     for _ in range(sampling.max_new_tokens):
-        hidden = model.model(input_ids, attention_mask, cache)[:, -1]  # (B, C): only the last token's logits are needed
+        if _outgrown(model.config, is_token):
+            cache.clear()
+        unread = slice(cache.length, None)
+        hidden = model.model(ids[:, unread], is_token[:, unread], cache)[:, -1]  # (B, C): only the last token's logits are needed
         picked = pick(model.lm_head(hidden), sampling, generator)
         step = [id_ if run else None for id_, run in zip(picked.tolist(), running, strict=True)]
         yield step
         running = [id_ is not None and id_ not in stop_ids for id_ in step]
         if not any(running):
             return
-        input_ids, attention_mask = picked[:, None], torch.ones(B, 1, dtype=torch.long, device=device)
+        ids, is_token = torch.cat([ids, picked[:, None]], dim=1), F.pad(is_token, (0, 1), value=1)
+
+
+def _outgrown(config: Phi3Config, is_token: Tensor) -> bool:
+    """Whether a sequence has just passed the context that LongRoPE's short factors are for: all its keys must turn anew."""
+    return config.longrope is not None and (is_token.sum(dim=1) == config.original_max_position_embeddings + 1).any().item()
 
 
 def generate_batch(model: Phi3ForCausalLM, tokenizer: Tokenizer, conversations: list[list[Message]], **settings) -> list[str]:

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora import phi3
+from minilora.phi3.config import LongRope
 from minilora.phi3.generation import generate_ids, pick
 
 END = SPECIAL["<|im_end|>"]
@@ -17,6 +18,7 @@ PROMPTS = [[5], [7, 1, 200, 31, 8], [9, 4, 77, 2, 2, 250, 16, 33, 90, 11, 12, 13
 CONFIGS = {
     "grouped-query": tiny_config(),
     "window": tiny_config(sliding_window=4),
+    "longrope": tiny_config(longrope=LongRope([1.0, 1.2, 1.4, 1.6], [2.0, 4.0, 8.0, 16.0]), original_max_position_embeddings=16),
     "tied-partial": tiny_config(tie_word_embeddings=True, head_dim=16, partial_rotary_factor=0.5),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
