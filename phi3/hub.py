@@ -58,16 +58,16 @@ def fetch(source: Path | str, revision: str | None = None, files: Iterable[str] 
         if hasattr(error, "snapshot_path"):  # half a download is in the cache: the message names the files that are missing
             raise FileNotFoundError(_one_line(error)) from None
         offline = f"HF_HUB_OFFLINE forbids to ask {hub}"
-        why = offline if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({_one_line(error.__cause__ or error)})"
+        why = offline if constants.HF_HUB_OFFLINE else f"{hub} could not be asked ({_one_line(error.__cause__ or error)})"
         raise FileNotFoundError(
             f"{name} is neither a folder here nor wholly in the cache {constants.HF_HUB_CACHE}, and {why}"
         ) from None
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise _broken_off(name, error) from None
-        raise PermissionError(f"{hub} refuses {name} to this token ({_one_line(error)}): {TOKEN_HINT}") from None
     except (HTTPError, OSError) as error:
-        raise _broken_off(name, error) from None
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise PermissionError(f"{hub} refuses {name} to this token ({_one_line(error)}): {TOKEN_HINT}") from None
+        raise ConnectionError(
+            f"the download of {name} broke off ({_one_line(error)}): try again, and only the files that are missing are downloaded"
+        ) from None
 
 
 def _is_id(name: str) -> bool:
@@ -76,12 +76,6 @@ def _is_id(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name
-
-
-def _broken_off(name: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"the download of {name} broke off ({_one_line(error)}): try again, and only the files that are missing are downloaded"
-    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -91,7 +91,7 @@ class Tokenizer:
             ValueError: a text spells a special token, a turn has no end, or the template writes a turn otherwise once it is past.
         """
         for message in messages:
-            spelled = sorted(text for text in self.special_texts if any(text in value for value in message.values()))
+            spelled = sorted(text for text in self.special_texts if any(text in str(value) for value in message.values()))
             if spelled:
                 raise ValueError(f"the {message['role']} text spells the special token {spelled[0]}: remove it from the text")
         ids = self.encode(self.render(messages))
