@@ -66,7 +66,7 @@ def fetch(source: Path | str, revision: str | None = None, files: Iterable[str] 
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise PermissionError(f"{hub} refuses {name} to this token ({_one_line(error)}): {TOKEN_HINT}") from None
         raise ConnectionError(
-            f"the download of {name} broke off ({_one_line(error)}): try again, and only the files that are missing are downloaded"
+            f"the download of {name} broke off ({_one_line(error)}): try again, and only missing files are downloaded"
         ) from None
 
 
