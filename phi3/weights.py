@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.phi3.config import Phi3Config
+from minilora.phi3.hub import fetch
 from minilora.phi3.model import Phi3ForCausalLM
 from minilora.phi3.tokenizer import copy_tokenizer
 
@@ -20,23 +21,28 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 
 
-def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Phi3ForCausalLM:
+def load(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Phi3ForCausalLM:
     """Builds the decoder that config.json describes and streams its weights into place, in eval mode.
 
     Files are memory-mapped; peak memory is the model plus one tensor.
 
     Args:
-        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json.
+        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json; or the id of such a
+            repository on the hub (see hub.fetch, whose errors are raised too).
         dtype: of the loaded weights; each tensor's own when None.
         device: where they go.
+        revision: branch, tag or commit of a repository on the hub.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
         ValueError: config or weights do not fit; every missing, extra, misshapen or mistyped tensor is named.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} must be a folder that holds config.json and safetensors weights")
+    folder = fetch(path, revision)
     config = Phi3Config.read(folder / "config.json")
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
