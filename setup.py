@@ -16,7 +16,8 @@ setup(
     python_requires=">=3.11",
     packages=["minilora", "minilora.kernels", "minilora.phi3"],
     package_dir={"minilora": "minilora", "minilora.kernels": "kernels", "minilora.phi3": "phi3"},
-    # Two more are imported and come along with these: jinja2 with torch, tqdm with tokenizers (held by tests/test_imports.py).
+    # Three more are imported and come along with these: jinja2 with torch, huggingface_hub and tqdm with tokenizers (held by
+    # tests/test_imports.py).
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "safetensors>=0.5", "tokenizers>=0.21", "numpy"],
     extras_require={
         "demo": DEMO,

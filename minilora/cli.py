@@ -10,8 +10,11 @@ from minilora.config import RUN_KEYS, LoraConfig, RunConfig, TrainConfig
 DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
 
   minilora demo                          see it work on real weights, in minutes, on any machine
-  minilora train --model DIR --data chat.jsonl --output out
-  minilora generate --model DIR --adapter out/adapter --prompt "Hello"
+  minilora train --model MODEL --data chat.jsonl --output out
+  minilora generate --model MODEL --adapter out/adapter --prompt "Hello"
+  minilora chat --model MODEL --adapter out/adapter
+
+MODEL is a folder with a checkpoint, or the id of one on the Hugging Face hub: microsoft/Phi-3-mini-4k-instruct, say.
 """
 
 DATA_HELP = """\
@@ -42,7 +45,7 @@ TRAIN_EPILOG = (
     DATA_HELP
     + """
 Example:
-  minilora train --model Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16 --set training.max_steps=100
+  minilora train --model microsoft/Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16
 
 OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
 
@@ -73,8 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where everything is written (%(default)s)"
     )
     demo.add_argument(
-        "--model", type=Path, metavar="DIR", help="a Phi-3 checkpoint of your own instead of the embedded SmolLM2 weights"
+        "--model", metavar="MODEL", help="a Phi-3 checkpoint, folder or id, instead of the embedded SmolLM2 weights"
     )
+    _revision(demo)
     demo.add_argument(
         "--max-steps", type=int, default=-1, metavar="N", help="train for fewer steps (the tests before and after stay)"
     )
@@ -101,17 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--drop-long", action="store_true", help="leave out longer conversations instead of stopping")
 
-    generate = command("generate", "answer one prompt, or chat in the terminal")
+    generate = command("generate", "answer one prompt")
     _model(generate, adapter=True)
-    generate.add_argument("--prompt", metavar="TEXT", help="a single question; without it, a chat (end it with Ctrl-D)")
-    generate.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    generate.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer at most (%(default)s)"
-    )
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach probability P")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    _sampling(generate)
+
+    chat = command("chat", "talk in the terminal, each answer knowing what was said before")
+    _model(chat, adapter=True)
+    _sampling(chat)
 
     merge = command("merge", "add an adapter to its base model, and save the result as a plain checkpoint in the base's dtype")
     _checkpoint(merge)
@@ -119,15 +120,20 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
 
     info = command("info", "what is in a checkpoint or an adapter, and what a LoRA config would train in it")
-    info.add_argument("path", type=Path, metavar="DIR", help="a checkpoint or an adapter")
+    info.add_argument("model", metavar="MODEL", help="a checkpoint or an adapter: a folder, or an id on the Hugging Face hub")
+    _revision(info)
     _settings(info)
     return parser
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="a Phi-3 checkpoint: config.json, safetensors, tokenizer"
-    )
+    what = "a Phi-3 checkpoint: a folder with config.json, safetensors and tokenizer, or an id on the Hugging Face hub"
+    parser.add_argument("--model", required=True, metavar="MODEL", help=what)
+    _revision(parser)
+
+
+def _revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of an id on the hub (its main branch)")
 
 
 def _model(parser: argparse.ArgumentParser, adapter: bool = False) -> None:
@@ -139,6 +145,17 @@ def _model(parser: argparse.ArgumentParser, adapter: bool = False) -> None:
     parser.add_argument(
         "--dtype", choices=dtypes, default="auto", help="of the weights; auto: bfloat16 on CUDA, else float32 (%(default)s)"
     )
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer at most (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach probability P")
+    rarer = "above 1, tokens of prompt and answer so far get less likely (%(default)s)"
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help=rarer)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

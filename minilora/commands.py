@@ -2,6 +2,8 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,7 +13,6 @@ from minilora import phi3
 from minilora.adapter import read_adapter_config, read_adapter_tensors
 from minilora.config import LoraConfig, read_run_config
 from minilora.data import Example
-from minilora.files import replaced_folder
 from minilora.injection import find_targets
 from minilora.kernels import backend
 from minilora.trainable import count_parameters
@@ -20,7 +21,7 @@ from minilora.trainable import count_parameters
 def demo(args: Namespace) -> None:
     from minilora.demo import run  # its extra packages are needed by no other command
 
-    run(args.output, args.model, args.max_steps)
+    run(args.output, args.model and _checkpoint(args, phi3.CHECKPOINT_FILES), args.max_steps)
 
 
 def train(args: Namespace) -> None:
@@ -37,8 +38,7 @@ def train(args: Namespace) -> None:
         )
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
-    _check_folders(args)
-    tokenizer = phi3.load_tokenizer(args.model)
+    tokenizer = phi3.load_tokenizer(_checkpoint(args))
     dataset = _examples(args.data, tokenizer, run.max_seq_length, args.drop_long)
     eval_dataset = args.eval_data and _examples(args.eval_data, tokenizer, run.max_seq_length, args.drop_long)
     model = _load(args, bf16=run.bf16)
@@ -46,7 +46,7 @@ def train(args: Namespace) -> None:
     lora.inject(model, run.peft, None if args.adapter_dtype == "model" else torch.float32)
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, run.peft))
-    result = lora.train(model, dataset, run.training, eval_dataset, output, base=str(args.model))
+    result = lora.train(model, dataset, run.training, eval_dataset, output, base=args.model)
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
     print(f"{result.tokens} tokens in {result.seconds:.0f} s; loss {losses}")
@@ -57,8 +57,7 @@ def train(args: Namespace) -> None:
 
 
 def eval(args: Namespace) -> None:
-    _check_folders(args)
-    tokenizer = phi3.load_tokenizer(args.model)
+    tokenizer = phi3.load_tokenizer(_checkpoint(args))
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
     examples = _examples(args.data, tokenizer, args.max_length, args.drop_long)
@@ -67,25 +66,55 @@ def eval(args: Namespace) -> None:
 
 
 def generate(args: Namespace) -> None:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    phi3.Sampling(**settings)  # a wrong setting is told before the model is loaded
-    _check_folders(args)
-    tokenizer = phi3.load_tokenizer(args.model)
-    model = _load(args)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    if args.prompt is not None:
-        _answer(model, tokenizer, [*messages, {"role": "user", "content": args.prompt}], settings)
-        return
-    print("a chat: end it with Ctrl-D")
+    settings, (model, tokenizer) = _sampling(args), _model_and_tokenizer(args)
+    _answer(model, tokenizer, [*_opening(args), {"role": "user", "content": args.prompt}], settings)
+
+
+def chat(args: Namespace) -> None:
+    settings, (model, tokenizer) = _sampling(args), _model_and_tokenizer(args)
+    history = _opening(args)
+    print("a chat: /reset forgets what was said, /exit or Ctrl-D ends it")
+    for line in _lines():
+        if line == "/exit":
+            return
+        if line == "/reset":
+            history = _opening(args)
+            continue
+        asked = [*history, {"role": "user", "content": line}]
+        try:
+            answer = _answer(model, tokenizer, asked, settings)
+        except ValueError as error:  # too long for the model, or refused by the template: told before anything is computed
+            print(f"minilora chat: not asked, {error}; or forget what was said with /reset", file=sys.stderr)
+        else:
+            history = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, until the end; empty lines are skipped."""
     while True:
         try:
-            question = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             print()
             return
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": _answer(model, tokenizer, messages, settings)})
+        if line:
+            yield line
+
+
+def _sampling(args: Namespace) -> dict:
+    """The settings of the answers; a wrong one is told before the model is loaded."""
+    settings = {field.name: getattr(args, field.name) for field in fields(phi3.Sampling)}
+    phi3.Sampling(**settings)
+    return settings
+
+
+def _model_and_tokenizer(args: Namespace) -> tuple[phi3.Phi3ForCausalLM, phi3.Tokenizer]:
+    tokenizer = phi3.load_tokenizer(_checkpoint(args))
+    return _load(args), tokenizer
+
+
+def _opening(args: Namespace) -> list[dict]:
+    return [{"role": "system", "content": args.system}] if args.system else []
 
 
 def _answer(model, tokenizer: phi3.Tokenizer, messages: list[dict], settings: dict) -> str:
@@ -100,28 +129,27 @@ def _answer(model, tokenizer: phi3.Tokenizer, messages: list[dict], settings: di
 def merge(args: Namespace) -> None:
     if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
-    _check_folders(args)
-    model = lora.load_adapter(phi3.load(args.model), args.adapter)
+    folder = _checkpoint(args, phi3.CHECKPOINT_FILES)
+    model = lora.load_adapter(phi3.load(folder), args.adapter)
     lora.merge(model)
-    with replaced_folder(args.output) as new:
-        phi3.save(model, new)
-        phi3.copy_tokenizer(args.model, new)
+    phi3.save(model, args.output, tokenizer_from=folder)
     print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}")
 
 
 def info(args: Namespace) -> None:
-    if (args.path / "adapter_config.json").exists():
-        config = read_adapter_config(args.path)
-        sizes = [tensor.numel() for tensor in read_adapter_tensors(args.path).values()]
-        print(f"{args.path}: a LoRA adapter, {_settings(config)}; {sum(sizes):,} parameters for {len(sizes) // 2} layers")
+    folder = _fetch(args, phi3.TEXT_FILES)
+    if (folder / "adapter_config.json").exists():
+        config = read_adapter_config(folder)
+        sizes = [tensor.numel() for tensor in read_adapter_tensors(phi3.fetch(args.model, args.revision)).values()]
+        print(f"{args.model}: a LoRA adapter, {_settings(config)}; {sum(sizes):,} parameters for {len(sizes) // 2} layers")
         return
-    if not (args.path / "config.json").exists():
-        raise FileNotFoundError(f"{args.path} must hold config.json (a checkpoint) or adapter_config.json (an adapter)")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{args.model} must hold config.json (a checkpoint) or adapter_config.json (an adapter)")
     with torch.device("meta"):
-        config = phi3.Phi3Config.read(args.path / "config.json")
+        config = phi3.Phi3Config.read(folder / "config.json")
         model = phi3.Phi3ForCausalLM(config)
     head = "head tied to the embedding" if config.tie_word_embeddings else "head of its own"
-    print(f"{args.path}: Phi-3 with {count_parameters(model)[1]:,} parameters, {head}")
+    print(f"{args.model}: Phi-3 with {count_parameters(model)[1]:,} parameters, {head}")
     print(f"  {config.num_hidden_layers} layers, hidden size {config.hidden_size}, MLP {config.intermediate_size}")
     print(f"  {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} of keys and values")
     window = config.sliding_window or "none"
@@ -132,7 +160,9 @@ def info(args: Namespace) -> None:
     print(f"an adapter of {_settings(run.peft)} would train {trainable:,} parameters in {len(targets)} layers")
 
 
-def load_model(path: Path, device: str = "auto", dtype: str = "auto", bf16: bool | None = None) -> phi3.Phi3ForCausalLM:
+def load_model(
+    path: Path | str, device: str = "auto", dtype: str = "auto", bf16: bool | None = None, revision: str | None = None
+) -> phi3.Phi3ForCausalLM:
     """Loads a checkpoint where and as the command line says, and prints both."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,24 +175,35 @@ def load_model(path: Path, device: str = "auto", dtype: str = "auto", bf16: bool
         dtype = "bfloat16" if bf16 else "float32"
     elif bf16 is not None and (dtype == "bfloat16") != bf16:
         raise ValueError(f"--dtype {dtype} and bf16 = {str(bf16).lower()} in [training] contradict one another")
-    model = phi3.load(path, getattr(torch, dtype), device)
+    model = phi3.load(path, getattr(torch, dtype), device, revision)
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
     print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}")
     print(f"kernels: {backend.describe(torch.device(device), getattr(torch, dtype))}")
     return model
 
 
-def _check_folders(args: Namespace) -> None:
-    """A wrong folder is told before anything is loaded."""
-    if not (args.model / "config.json").exists():
-        hint = ": this is an adapter, for --adapter" if (args.model / "adapter_config.json").exists() else ""
-        raise FileNotFoundError(f"--model {args.model} must be a checkpoint, a folder with config.json{hint}")
+def _fetch(args: Namespace, files: Iterable[str]) -> Path:
+    """The folder of the model; the commit found on the hub is told, and stays the same to the end of the command."""
+    folder = phi3.fetch(args.model, args.revision, files)
+    if not Path(args.model).is_dir():
+        print(f"{args.model}, {args.revision or 'main branch'}: commit {folder.name}")
+        args.revision = folder.name
+    return folder
+
+
+def _checkpoint(args: Namespace, files: Iterable[str] = phi3.TEXT_FILES) -> Path:
+    """The folder of a checkpoint; a wrong one, or a wrong adapter, is told before anything is loaded."""
     if getattr(args, "adapter", None):
         read_adapter_config(args.adapter)
+    folder = _fetch(args, files)
+    if not (folder / "config.json").exists():
+        hint = ": this is an adapter, for --adapter" if (folder / "adapter_config.json").exists() else ""
+        raise FileNotFoundError(f"--model {args.model} must be a checkpoint, with a config.json{hint}")
+    return folder
 
 
 def _load(args: Namespace, bf16: bool | None = None) -> phi3.Phi3ForCausalLM:
-    model = load_model(args.model, args.device, args.dtype, bf16)
+    model = load_model(args.model, args.device, args.dtype, bf16, args.revision)
     if getattr(args, "adapter", None):
         lora.load_adapter(model, args.adapter)
         print(f"adapter {args.adapter}: {_settings(model.lora_config)}")

@@ -7,7 +7,7 @@ from minilora.phi3.config import Phi3Config
 
 
 class KVCache:
-    """Room for T_max rotated keys and values a layer, and the record of which of them are padding.
+    """Room for T_max rotated keys and values a layer, and the record of which are padding, which of one document.
 
     Args:
         batch: number of sequences, B.
@@ -20,17 +20,22 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.is_token = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.documents = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.length = 0  # columns filled so far, padding included
 
-    def extend(self, is_token: Tensor) -> Tensor:
-        """Makes room for the next columns, is_token (B, T) saying which hold tokens; returns the record so far (B, length)."""
-        length = self.length + is_token.shape[1]
-        if length > self.is_token.shape[1]:
-            raise ValueError(f"the cache holds {self.is_token.shape[1]} tokens a sequence, and {length} were given")
-        self.is_token[:, self.length : length] = is_token
+    def clear(self) -> None:
+        """Forgets all columns and keeps their room."""
+        self.length = 0
+
+    def extend(self, documents: Tensor) -> Tensor:
+        """Makes room for the next columns, documents (B, T) numbering what they hold as Phi3ForCausalLM's attention_mask does;
+        returns the record so far (B, length)."""
+        length = self.length + documents.shape[1]
+        if length > self.documents.shape[1]:
+            raise ValueError(f"the cache holds {self.documents.shape[1]} tokens a sequence, and {length} were given")
+        self.documents[:, self.length : length] = documents
         self.length = length
-        return self.is_token[:, : self.length]
+        return self.documents[:, : self.length]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, Hkv, T, D) in the columns just made room for; returns all so far (B, Hkv, length, D)."""

@@ -1,12 +1,15 @@
 """Answers, token by token: prefill the prompts once, then feed back each token picked, with a cache of keys and values."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.phi3.cache import KVCache
+from minilora.phi3.config import Phi3Config
 from minilora.phi3.model import Phi3ForCausalLM
 from minilora.phi3.tokenizer import Message, Tokenizer
 
@@ -23,6 +26,7 @@ class Sampling:
     temperature: float = 0.0  # divides the logits; 0 takes the likeliest token (greedy)
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together reach probability p (Holtzman et al. 2020)
+    repetition_penalty: float = 1.0  # makes tokens seen before less likely above 1, more likely below (Keskar et al. 2019)
     seed: int = 0  # same seed, same answers
 
     def __post_init__(self):
@@ -31,6 +35,7 @@ class Sampling:
             f"temperature must be at least 0, not {self.temperature}": self.temperature >= 0,
             f"top_k must be at least 1, not {self.top_k}": self.top_k is None or self.top_k >= 1,
             f"top_p must lie in (0, 1], not {self.top_p}": self.top_p is None or 0 < self.top_p <= 1,
+            f"repetition_penalty must lie in (0, inf), not {self.repetition_penalty}": 0 < self.repetition_penalty < math.inf,
         }
         faults = [rule for rule, holds in rules.items() if not holds]
         if faults:
@@ -50,6 +55,19 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         likelier = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before each one already reach
         logits = logits.masked_fill((likelier >= sampling.top_p).scatter(-1, order, likelier >= sampling.top_p), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divides the positive logits of tokens seen before by the penalty, and multiplies the negative ones, in float32.
+
+    Args:
+        logits: (B, V).
+        seen: (B, V) bool, the tokens of each prompt and of its answer so far; padding is not seen.
+
+    Source: Keskar et al. 2019, "CTRL", §4.1, whose division alone would make a negative logit likelier.
+    """
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 @torch.no_grad()
@@ -73,20 +91,32 @@ def generate_ids(
             "shorten the conversation or max_new_tokens"
         )
     device, B = model.lm_head.weight.device, len(prompts)
-    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, all so far)
+    is_token = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     cache = KVCache(model.config, B, longest + sampling.max_new_tokens, model.model.embed_tokens.weight.dtype, device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
     running = [True] * B
     for _ in range(sampling.max_new_tokens):
-        hidden = model.model(input_ids, attention_mask, cache)[:, -1]  # (B, C): only the last token's logits are needed
-        picked = pick(model.lm_head(hidden), sampling, generator)
+        if _outgrown(model.config, is_token):
+            cache.clear()
+        unread = slice(cache.length, None)
+        hidden = model.model(ids[:, unread], is_token[:, unread], cache)[:, -1]  # (B, C): only the last token's logits are needed
+        picked = pick(penalise(model.lm_head(hidden), seen, sampling.repetition_penalty), sampling, generator)
+        seen.scatter_(1, picked[:, None], True)
         step = [id_ if run else None for id_, run in zip(picked.tolist(), running, strict=True)]
         yield step
         running = [id_ is not None and id_ not in stop_ids for id_ in step]
         if not any(running):
             return
-        input_ids, attention_mask = picked[:, None], torch.ones(B, 1, dtype=torch.long, device=device)
+        ids, is_token = torch.cat([ids, picked[:, None]], dim=1), F.pad(is_token, (0, 1), value=1)
+
+
+def _outgrown(config: Phi3Config, is_token: Tensor) -> bool:
+    """Whether a sequence has just passed the context that LongRoPE's short factors are for: all its keys must turn anew."""
+    return config.longrope is not None and (is_token.sum(dim=1) == config.original_max_position_embeddings + 1).any().item()
 
 
 def generate_batch(model: Phi3ForCausalLM, tokenizer: Tokenizer, conversations: list[list[Message]], **settings) -> list[str]:

@@ -99,12 +99,11 @@ class Phi3Model(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Args and errors as in Phi3ForCausalLM.forward; returns (B, T, C)."""
         if cache is not None:
-            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            is_token = cache.extend(is_token.bool())
-            attention_mask = None if is_token.all() else is_token  # (B, all so far)
+            documents = cache.extend(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+            attention_mask = None if (documents == 1).all() else documents  # (B, all so far)
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        positions, mask = self._positions_and_mask(input_ids, attention_mask, cache)
-        rotary = rotary_tables(self.config, positions, x.dtype)
+        positions, lengths, mask = self._layout(input_ids, attention_mask, cache)
+        rotary = rotary_tables(self.config, positions, lengths, x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
@@ -112,25 +111,35 @@ class Phi3Model(nn.Module):
                 x = layer(x, rotary, mask, cache)
         return self.norm(x)
 
-    def _positions_and_mask(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None):
-        """Positions (B or 1, T) that count tokens, not padding, and the mask (B or 1, 1, T, keys); None for plain causal."""
+    def _layout(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None):
+        """Where every token stands in its document: positions (B or 1, T), the documents' lengths so far (B or 1, T or 1),
+        and the mask (B or 1, 1, T, keys); None for plain causal."""
         T, device = input_ids.shape[1], input_ids.device
         keys = T if cache is None else cache.length
         column = torch.arange(keys, device=device)
         query = column[keys - T :]
         window = self.config.sliding_window
-        if attention_mask is None:
-            positions = query[None]
+        if documents is None and T in (1, keys) and (window is None or keys <= window):
+            # One new token sees all; a whole sequence is SDPA's own causal case, which needs no T × T mask.
+            positions, lengths, cached, mask = query[None], column.new_full((1, 1), keys), column.new_full((1, 1), keys - T), None
         else:
-            positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, keys - T :]
-        if attention_mask is None and T in (1, keys) and (window is None or keys <= window):
-            return positions, None  # one new token sees all; a whole sequence is SDPA's own causal case
-        distance = query[:, None] - column  # (T, keys)
-        mask = (distance >= 0) & (distance < (window or keys))
-        if attention_mask is not None:
-            # A padded query sees itself, so that its softmax, which nobody reads, is not over nothing.
-            mask = (mask & attention_mask.bool()[:, None]) | (distance == 0)  # (B, T, keys)
-        return positions, mask.view(-1, 1, T, keys)
+            documents = column.new_ones(1, keys) if documents is None else documents
+            same = documents[:, keys - T :, None] == documents[:, None]  # (B, T, keys); padding is a document that nobody reads
+            distance = query[:, None] - column  # (T, keys)
+            positions = (same & (distance >= 0)).sum(dim=-1) - 1
+            lengths, cached = same.sum(dim=-1), same[..., : keys - T].sum(dim=-1)
+            mask = (same & (distance >= 0) & (distance < (window or keys)))[:, None]
+        self._check_one_table(cached, lengths)
+        return positions, lengths, mask
+
+    def _check_one_table(self, cached: Tensor, lengths: Tensor) -> None:
+        """Refuses to add queries turned by LongRoPE's long factors to cached keys turned by the short ones."""
+        L = self.config.original_max_position_embeddings
+        if self.config.longrope and ((cached > 0) & (cached <= L) & (lengths > L)).any():
+            raise ValueError(
+                f"a sequence in the cache grows past {L} tokens (original_max_position_embeddings), where LongRoPE changes its "
+                "factors: clear the cache, and give all tokens again in one call"
+            )
 
 
 class Phi3ForCausalLM(nn.Module):
@@ -160,17 +169,21 @@ class Phi3ForCausalLM(nn.Module):
         Args:
             input_ids: (B, T) int64.
             labels: (B, T) int64: labels[:, t] is what input_ids[:, t] should have been foretold as; −100 asks for no loss.
-            attention_mask: (B, T), 1 for tokens, 0 for padding (on the left when generating); all tokens when None.
+            attention_mask: (B, T) int64, 1 for tokens, 0 for padding (on the left when generating); all tokens when None.
+                Documents packed into one row carry the numbers 1, 2, 3, … in place of 1, each on all of its tokens: they
+                neither see nor foretell one another, and each starts at position 0.
             cache: keys and values of earlier calls; these T tokens follow them and are added.
 
         Returns:
             (B, T, V) in the weights' dtype, or a float32 scalar.
 
         Raises:
-            ValueError: no label asks for a loss, or the cache is full.
+            ValueError: no label asks for a loss; the cache is full, or holds keys that LongRoPE turned for a shorter sequence.
         """
         x = self.model(input_ids, attention_mask, cache)  # (B, T, C)
         if labels is None:
             return self.lm_head(x)
         ahead = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): the token after each
+        if attention_mask is not None:
+            ahead = ahead.masked_fill(attention_mask != F.pad(attention_mask[:, 1:], (0, 1)), IGNORE)  # of another document
         return head_cross_entropy(self.lm_head, x.flatten(0, 1), ahead.flatten())

@@ -3,19 +3,33 @@
 import json
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as TokenizerFile
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+from minilora.phi3.hub import TEXT_FILES, fetch
+
+# {"role": "system" | "user" | "assistant" | …, "content": text}, and whatever text more the template asks for: "tools", say
+Message = dict[str, str]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "generation_config.json",
 )  # fmt: skip
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}, by which templates mark an answer: written as if the tags were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's spelling)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,9 @@ class Tokenizer:
     @cached_property
     def _compiled(self) -> jinja2.Template:
         # The template comes with a downloaded checkpoint: it runs in Jinja's sandbox. Trimming as transformers does.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        extensions = ["jinja2.ext.loopcontrols", GenerationTag]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own is for HTML
         environment.globals["raise_exception"] = _raise_template_error
         return environment.from_string(self.template)
 
@@ -75,7 +91,7 @@ class Tokenizer:
             ValueError: a text spells a special token, a turn has no end, or the template writes a turn otherwise once it is past.
         """
         for message in messages:
-            spelled = sorted(text for text in self.special_texts if text in message["content"])
+            spelled = sorted(text for text in self.special_texts if any(text in str(value) for value in message.values()))
             if spelled:
                 raise ValueError(f"the {message['role']} text spells the special token {spelled[0]}: remove it from the text")
         ids = self.encode(self.render(messages))
@@ -99,17 +115,22 @@ def _raise_template_error(message: str):
     raise jinja2.TemplateError(message)
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a checkpoint folder.
+def load_tokenizer(path: Path | str, revision: str | None = None) -> Tokenizer:
+    """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a checkpoint.
 
     The template is chat_template.jinja where there is one, else `chat_template` of tokenizer_config.json. Answers stop at any
     `eos_token_id` of generation_config.json, else of config.json, and at the tokenizer's own eos_token.
+
+    Args:
+        path: a folder, or the id of a repository on the hub, of which no weights are downloaded (see hub.fetch, whose errors
+            are raised too).
+        revision: branch, tag or commit of a repository on the hub.
 
     Raises:
         FileNotFoundError: tokenizer.json or tokenizer_config.json is missing.
         ValueError: a file cannot be read, there is no chat template, or no token that ends an answer.
     """
-    folder = Path(path)
+    folder = fetch(path, revision, TEXT_FILES)
     try:
         file = TokenizerFile.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -10,32 +10,39 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.phi3.config import Phi3Config
+from minilora.phi3.hub import fetch
 from minilora.phi3.model import Phi3ForCausalLM
+from minilora.phi3.tokenizer import copy_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATING = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 
 
-def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Phi3ForCausalLM:
+def load(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Phi3ForCausalLM:
     """Builds the decoder that config.json describes and streams its weights into place, in eval mode.
 
     Files are memory-mapped; peak memory is the model plus one tensor.
 
     Args:
-        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json.
+        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json; or the id of such a
+            repository on the hub (see hub.fetch, whose errors are raised too).
         dtype: of the loaded weights; each tensor's own when None.
         device: where they go.
+        revision: branch, tag or commit of a repository on the hub.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
         ValueError: config or weights do not fit; every missing, extra, misshapen or mistyped tensor is named.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} must be a folder that holds config.json and safetensors weights")
+    folder = fetch(path, revision)
     config = Phi3Config.read(folder / "config.json")
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
@@ -102,17 +109,26 @@ def _check(model: Phi3ForCausalLM, files: dict, home: dict[str, Path], folder: P
         raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
 
 
-def save(model: Phi3ForCausalLM, path: Path | str) -> None:
-    """Writes config.json and model.safetensors as a new folder that transformers, vLLM and llama.cpp load.
+def save(
+    model: Phi3ForCausalLM, path: Path | str, tokenizer_from: Path | str | None = None, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes the model as a new folder that transformers, vLLM and llama.cpp load; tied weights are written once.
 
     The folder appears whole or not at all: it is written beside under a temporary name and renamed.
 
+    Args:
+        tokenizer_from: a checkpoint whose tokenizer files are carried along.
+        shard_bytes: weights of more bytes are split into shards of at most so many (one tensor at least), with an index.
+
     Raises:
         FileExistsError: the folder is there and not empty.
+        FileNotFoundError: there is no folder tokenizer_from.
         ValueError: adapters are not merged: they would be lost.
     """
     folder = Path(path)
     unmerged = [name for name, module in model.named_modules() if getattr(module, "merged", True) is False]
+    if tokenizer_from and not Path(tokenizer_from).is_dir():
+        raise FileNotFoundError(f"{tokenizer_from} must be a folder that holds tokenizer files")
     if unmerged:
         raise ValueError(f"merge the adapters first, or they would be lost: {', '.join(unmerged)}")
     if folder.exists() and any(folder.iterdir()):
@@ -120,15 +136,47 @@ def save(model: Phi3ForCausalLM, path: Path | str) -> None:
     with torch.device("meta"):
         names = [name for name, _ in Phi3ForCausalLM(model.config).named_parameters()]
     state = model.state_dict()
-    tensors = {name: state[name].contiguous() for name in names}
+    tensors = {name: state[name] for name in names}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".", ignore_cleanup_errors=True) as beside:
         new = Path(beside) / folder.name
         new.mkdir()
         model.config.write(new / "config.json", dtype=str(tensors[names[0]].dtype).removeprefix("torch."))
         try:
-            save_file(tensors, new / SINGLE, metadata={"format": "pt"})
+            _save_tensors(tensors, new, shard_bytes)
         except SafetensorError as error:
             raise OSError(f"{folder} could not be written ({error}); nothing was left behind") from None
-        shutil.copymode(new / "config.json", new / SINGLE)  # safetensors writes files that only their owner reads
+        if tokenizer_from:
+            copy_tokenizer(tokenizer_from, new)
         os.replace(new, folder)
+
+
+def _save_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    """One file, or shards with their index."""
+    shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
+    if len(shards) > 1:
+        write_index(shards, sum(tensor.nbytes for tensor in tensors.values()), folder)
+    for file, names in shards.items():
+        save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes files that only their owner reads
+
+
+def plan_shards(sizes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors, of these sizes in bytes, go into which file, in their order and under the published names."""
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def write_index(shards: dict[str, list[str]], total_bytes: int, folder: Path) -> None:
+    """Writes model.safetensors.index.json, which says where each tensor is."""
+    home = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": home}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Measures and makers that several tests share."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def rms_error(actual: Tensor, reference: Tensor) -> float:
     actual, reference = actual.detach().double(), reference.detach().double()
     error = torch.linalg.vector_norm(actual - reference)
     return float(error / torch.linalg.vector_norm(reference)) if error else 0.0
+
+
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    """max |Δ| as a share of the range of the expected values."""
+    return float((actual.double() - expected.double()).abs().max() / (expected.max() - expected.min()))
 
 
 class Multiplications(TorchDispatchMode):
@@ -68,13 +74,24 @@ def tiny_model(config: Phi3Config, seed: int = 0) -> Phi3ForCausalLM:
     return model
 
 
-def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32):
+def as_transformers_has_it(config: Phi3Config) -> tuple[dict, dict]:
+    """The fields of a config as transformers 5 names them, and its rope_parameters."""
+    fields = dataclasses.asdict(config)
+    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    longrope = {name: value for name, value in (fields.pop("longrope") or {}).items() if value is not None}
+    if not longrope:
+        return fields, rope | {"rope_type": "default"}
+    longrope |= {"rope_type": "longrope", "original_max_position_embeddings": config.original_max_position_embeddings}
+    return fields, rope | longrope | {name: list(longrope[name]) for name in ("short_factor", "long_factor")}
+
+
+def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"):
     """The Phi3ForCausalLM of transformers with the weights in folder, which must be all that it needs and no more."""
     import transformers  # takes seconds, which tests without it are spared
 
     transformers.utils.logging.disable_progress_bar()
     theirs, info = transformers.Phi3ForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
     )
     assert not any(info.values()), info
     return theirs.eval()

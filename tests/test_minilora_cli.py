@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.cli import build_parser, main
 
-COMMANDS = ("demo", "train", "eval", "generate", "merge", "info")
+COMMANDS = ("demo", "train", "eval", "generate", "chat", "merge", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
@@ -89,7 +89,7 @@ def test_an_interrupted_command_exits_with_130(monkeypatch, tiny_checkpoint, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
-    assert main(["generate", "--model", str(tiny_checkpoint)]) == 130
+    assert main(["chat", "--model", str(tiny_checkpoint)]) == 130
     assert "stopped" in capsys.readouterr().err
 
 

@@ -1,6 +1,8 @@
 """What each command does when all is well, and that it says what it uses and what it wrote."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_generate_prints_what_the_library_generates(trained, tiny_checkpoint, ca
     model, tokenizer = phi3.load(tiny_checkpoint), phi3.load_tokenizer(tiny_checkpoint)
     lora.load_adapter(model, trained / "out" / "adapter")
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "What is 2 and 1?"}]
-    settings = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 40, "top_p": 0.9, "seed": 3}
+    settings = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3}
     expected = "".join(phi3.stream(model, tokenizer, messages, **settings))
     options = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
     adapter = trained / "out" / "adapter"
@@ -92,16 +94,61 @@ def test_generate_prints_what_the_library_generates(trained, tiny_checkpoint, ca
     assert capsys.readouterr().out.endswith(f"\n{expected}\n")
 
 
-def test_a_chat_remembers_what_was_said(tiny_checkpoint, capsys, monkeypatch):
-    questions = iter(["one", "two"])
-    monkeypatch.setattr("builtins.input", lambda _: next(questions, None) or (_ for _ in ()).throw(EOFError))
-    run("generate", "--model", tiny_checkpoint, "--max-new-tokens", 4)
+@pytest.fixture
+def chat(tiny_checkpoint, capsys, monkeypatch):
+    """Types lines into a chat of short answers; returns what is printed after the opening, and what is said of faults."""
+
+    def type_in(*lines, system=()) -> tuple[list[str], str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        capsys.readouterr()
+        run("chat", "--model", tiny_checkpoint, "--max-new-tokens", 4, *system)
+        said = capsys.readouterr()
+        return said.out.partition("/exit or Ctrl-D ends it\n")[2], said.err
+
+    return type_in
+
+
+@pytest.fixture
+def answers_to(tiny_checkpoint):
+    """The answers to questions asked one after the other, with all that was said before."""
     model, tokenizer = phi3.load(tiny_checkpoint), phi3.load_tokenizer(tiny_checkpoint)
-    messages = [{"role": "user", "content": "one"}]
-    first = "".join(phi3.stream(model, tokenizer, messages, max_new_tokens=4))
-    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "two"}]
-    second = "".join(phi3.stream(model, tokenizer, messages, max_new_tokens=4))
-    assert capsys.readouterr().out.endswith(f"{first}\n{second}\n\n")
+
+    def ask(*questions, system=None) -> list[str]:
+        messages, answers = [{"role": "system", "content": system}] if system else [], []
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            answers.append(phi3.generate(model, tokenizer, messages, max_new_tokens=4))
+            messages.append({"role": "assistant", "content": answers[-1]})
+        return answers
+
+    return ask
+
+
+def test_a_chat_remembers_what_was_said_and_ends_with_its_input(chat, answers_to):
+    first, second = answers_to("one", "two")
+    assert second != answers_to("two")[0]
+    assert chat("one", "", "two") == (f"{first}\n{second}\n\n", "")
+
+
+def test_exit_ends_a_chat(chat, answers_to):
+    assert chat("one", "/exit", "two") == (f"{answers_to('one')[0]}\n", "")
+
+
+def test_reset_forgets_all_but_the_system_message(chat, answers_to):
+    first, second = answers_to("one", system="Count.") + answers_to("two", system="Count.")
+    assert second != answers_to("two")[0]
+    assert chat("one", "/reset", "two", system=["--system", "Count."])[0] == f"{first}\n{second}\n\n"
+
+
+def test_a_question_that_passes_the_context_is_not_asked_and_the_chat_goes_on(chat, answers_to):
+    long = "x" * 400  # the model's limit is 1024 tokens of one byte
+    first, second, after = answers_to(long, long, "two")
+    said, faults = chat(long, long, long, "two")
+    assert said == f"{first}\n{second}\n{after}\n\n"
+    assert re.fullmatch(
+        r"minilora chat: not asked, the prompt of 1\d\d\d tokens and 4 new ones pass .*with /reset", faults.strip()
+    )
+    assert chat(long, long, long, "/reset", "two")[0] == f"{first}\n{second}\n{answers_to('two')[0]}\n\n"
 
 
 def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(trained, tiny_checkpoint, tmp_path, capsys):

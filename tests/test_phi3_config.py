@@ -7,17 +7,17 @@ import re
 
 import pytest
 import transformers
-from helpers import tiny_config
+from helpers import as_transformers_has_it, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.phi3.config import FIXED, Phi3Config
+from minilora.phi3.config import FIXED, LongRope, Phi3Config
 
 MINI = {
     "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "head_dim": 96, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "sliding_window": 2047,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000, "longrope": None,
 }  # fmt: skip
 MEDIUM = {
     "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
@@ -42,7 +42,7 @@ def test_absent_fields_take_the_defaults_of_transformers(tmp_path):
     ours = dataclasses.asdict(config)
     rope = {name: ours.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
     assert rope | {"rope_type": "default"} == theirs.rope_parameters
-    for name in ("head_dim", "original_max_position_embeddings"):  # derived, and of LongRoPE only
+    for name in ("head_dim", "original_max_position_embeddings", "longrope"):  # derived, and of LongRoPE only
         del ours[name]
     assert {name: getattr(theirs, name) for name in ours} == ours
 
@@ -55,15 +55,28 @@ def test_the_published_configs_without_longrope_are_read(shared, name, expected)
     assert dataclasses.asdict(Phi3Config.read(shared / "configs" / f"{name}.json")) == expected
 
 
+EXTENDED = {"max_position_embeddings": 131072, "sliding_window": 262144}
+VISION = MINI | EXTENDED | {"sliding_window": 131072, "eos_token_id": 2}
+PHI4_MINI = MINI | EXTENDED | {
+    "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True, "bos_token_id": 199999, "eos_token_id": 200020, "pad_token_id": 199999,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("Phi-3.5-mini-instruct", "longrope"), ("Phi-4-mini-instruct", "longrope"), ("Phi-3-vision-128k-instruct.text", "su")],
+    ("name", "expected"),
+    [
+        ("Phi-3.5-mini-instruct", MINI | EXTENDED),
+        ("Phi-4-mini-instruct", PHI4_MINI),
+        ("Phi-3-vision-128k-instruct.text", VISION),  # spells it "su"
+    ],
 )
-def test_the_published_configs_with_longrope_are_refused_by_name(shared, name, kind):
+def test_the_published_configs_with_longrope_are_read(shared, name, expected):
     path = shared / "configs" / f"{name}.json"
-    message = f"{path} asks for what this decoder does not do: rope_scaling must be null or of type 'default', not '{kind}'"
-    with pytest.raises(ValueError, match=re.escape(message) + ": LongRoPE is not supported yet$"):
-        Phi3Config.read(path)
+    config, rope = Phi3Config.read(path), json.loads(path.read_text())["rope_scaling"]
+    assert config.longrope == LongRope(tuple(rope["short_factor"]), tuple(rope["long_factor"]))
+    assert len(config.longrope.long_factor) == 48
+    assert dataclasses.asdict(dataclasses.replace(config, longrope=None)) == expected
 
 
 def test_sizes_of_the_stacked_projections_follow_the_heads():
@@ -102,11 +115,111 @@ def test_rotary_settings_that_disagree_between_the_spellings_are_refused(tmp_pat
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear", "dynamic"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", None, ["su"]])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_every_other_kind_of_rotary_embedding_is_refused(tmp_path, spelling, kind, key):
-    with pytest.raises(ValueError, match=f"{spelling} must be null or of type 'default', not '{kind}'"):
+    message = f"{spelling} must be null or of a type among default, longrope, su, yarn, not {kind!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         Phi3Config.read(write_raw(tmp_path, **{spelling: {key: kind}}))
+
+
+FACTORS = {"short_factor": [1.0, 1.5], "long_factor": [2, 16.5]}
+SMALL = {"hidden_size": 16, "num_attention_heads": 4}  # heads of 4 dimensions, which are 2 pairs
+LONGROPE = LongRope((1.0, 1.5), (2, 16.5))
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_every_spelling_of_longrope_is_read(tmp_path, spelling, kind, key):
+    rope = {spelling: {key: kind} | FACTORS}
+    config = Phi3Config.read(write_raw(tmp_path, **SMALL, **rope, original_max_position_embeddings=64))
+    assert config == Phi3Config(**SMALL, longrope=LONGROPE, original_max_position_embeddings=64)
+
+
+def test_the_present_name_of_the_rotary_type_counts_before_the_early_one(tmp_path):
+    rope = {"type": "linear", "rope_type": "longrope"} | FACTORS
+    assert Phi3Config.read(write_raw(tmp_path, **SMALL, rope_scaling=rope)).longrope == LONGROPE
+
+
+def test_longrope_told_twice_must_agree(tmp_path):
+    rope = {"rope_type": "longrope"} | FACTORS
+    assert Phi3Config.read(write_raw(tmp_path, **SMALL, rope_scaling=rope, rope_parameters=rope)).longrope == LONGROPE
+    other = {"rope_type": "default", "short_factor": [1.0, 2.5]}
+    with pytest.raises(ValueError, match="asks for what") as raised:
+        Phi3Config.read(write_raw(tmp_path, **SMALL, rope_scaling=rope, rope_parameters=other))
+    for fault in (
+        "short_factor is [1.0, 1.5] in rope_scaling and [1.0, 2.5] in rope_parameters: they must agree",
+        "rope_type is 'longrope' in rope_scaling and 'default' in rope_parameters: they must agree",
+    ):
+        assert fault in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("top", "inner", "expected"), [(64, None, 64), (None, 32, 32), (64, 32, 64), (None, None, 4096)], ids=str
+)
+def test_the_original_length_is_read_at_the_top_first_then_in_the_rotary_settings(tmp_path, top, inner, expected):
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": inner} | FACTORS
+    config = Phi3Config.read(write_raw(tmp_path, **SMALL, rope_parameters=rope, original_max_position_embeddings=top))
+    assert config.original_max_position_embeddings == expected
+
+
+def test_the_optional_factors_are_read_and_null_is_none(tmp_path):
+    rope = {"rope_type": "longrope", "factor": 8, "attention_factor": None} | FACTORS
+    config = Phi3Config.read(write_raw(tmp_path, **SMALL, rope_scaling=rope))
+    assert config.longrope == LongRope((1.0, 1.5), (2, 16.5), factor=8)
+
+
+def test_what_is_missing_or_unknown_in_longrope_is_told_at_once(tmp_path):
+    rope = {"type": "su", "short_mscale": 1.1, "mscale_all_dim": 1}
+    with pytest.raises(ValueError, match="asks for what this decoder does not do") as raised:
+        Phi3Config.read(write_raw(tmp_path, rope_scaling=rope))
+    assert str(raised.value).partition(" do: ")[2].split("; ") == [
+        "rope_scaling.short_mscale is unknown, and may change what the model computes",
+        "rope_scaling.mscale_all_dim is unknown, and may change what the model computes",
+        "LongRoPE needs short_factor",
+        "LongRoPE needs long_factor",
+    ]
+
+
+@pytest.mark.parametrize("value", [[1.0, 0], [1.0, -1.0], [1.0, math.nan], [1.0, math.inf], [1.0, "1"], [True, 1.0], "11", 1.0])
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+def test_factors_that_are_no_positive_numbers_are_refused(tmp_path, name, value):
+    rope = {"type": "longrope"} | FACTORS | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be a list of positive numbers, not "):
+        Phi3Config.read(write_raw(tmp_path, **SMALL, rope_scaling=rope))
+
+
+def test_all_faults_of_longrope_are_told_at_once():
+    with pytest.raises(ValueError, match=r"^Phi3Config: ") as raised:
+        Phi3Config(vocab_size=0, longrope=LongRope((0,), "x", factor=-1, attention_factor=math.inf))
+    assert str(raised.value).removeprefix("Phi3Config: ").split("; ") == [
+        "vocab_size must be a positive integer, not 0",
+        "short_factor must be a list of positive numbers, not (0,)",
+        "long_factor must be a list of positive numbers, not 'x'",
+        "factor must be a positive number, not -1",
+        "attention_factor must be a positive number, not inf",
+    ]
+    with pytest.raises(ValueError, match=r"^Phi3Config: longrope must be a LongRope, not 7$"):
+        Phi3Config(longrope=7)
+
+
+def test_longrope_that_does_not_fit_the_sizes_is_told_at_once():
+    with pytest.raises(ValueError, match=r"^Phi3Config: ") as raised:
+        Phi3Config(
+            **SMALL, head_dim=16, partial_rotary_factor=0.75, original_max_position_embeddings=1,
+            longrope=LongRope([1.0] * 8, [1.0] * 2),
+        )  # fmt: skip
+    assert str(raised.value).removeprefix("Phi3Config: ").split("; ") == [
+        "original_max_position_embeddings must be at least 2 under LongRoPE, not 1",
+        "short_factor must hold 6 numbers, one for each pair of dimensions that rotates, not 8",
+        "long_factor must hold 6 numbers, one for each pair of dimensions that rotates, not 2",
+    ]
+
+
+def test_longrope_is_no_key_of_a_config_file(tmp_path):
+    with pytest.raises(ValueError, match="longrope is unknown, and may change what the model computes"):
+        Phi3Config.read(write_raw(tmp_path, **SMALL, longrope=FACTORS))
 
 
 OTHER_MODELS = {
@@ -141,7 +254,7 @@ def test_all_that_is_unknown_or_refused_is_told_at_once(tmp_path):
         "mup_width is unknown, and may change what the model computes",
         "attn_bias_scale is unknown",
         "hidden_act must be 'silu', not 'gelu'",
-        "rope_scaling must be null",
+        "LongRoPE needs short_factor",
     ):
         assert fault in str(raised.value)
 
@@ -244,6 +357,7 @@ def configs(draw):
     half = draw(st.integers(1, 16))
     vocabulary = draw(st.integers(2, 50000))
     ids = st.none() | st.integers(0, vocabulary - 1)
+    longrope = draw(st.none() | longropes(half))
     return Phi3Config(
         vocab_size=vocabulary,
         hidden_size=kv * groups * 2 * half,
@@ -251,11 +365,13 @@ def configs(draw):
         num_hidden_layers=draw(st.integers(1, 9)),
         num_attention_heads=kv * groups,
         num_key_value_heads=draw(st.sampled_from([kv, None])),
-        head_dim=draw(st.sampled_from([None, 8, 20])),
+        # transformers counts the factors by hidden_size, and so refuses LongRoPE beside another head_dim
+        head_dim=draw(st.sampled_from([None, 8, 20])) if longrope is None else None,
         max_position_embeddings=draw(st.integers(1, 99999)),
-        original_max_position_embeddings=draw(st.integers(1, 99999)),
+        original_max_position_embeddings=draw(st.integers(2, 99999)),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
         rope_theta=draw(st.sampled_from([10000.0, 250000.0, 7.5])),
+        longrope=longrope,
         sliding_window=draw(st.none() | st.integers(1, 9999)),
         tie_word_embeddings=draw(st.booleans()),
         bos_token_id=draw(ids),
@@ -264,16 +380,21 @@ def configs(draw):
     )
 
 
+def longropes(pairs: int):
+    factor = st.floats(1e-3, 1e3)
+    factors = st.lists(factor, min_size=pairs, max_size=pairs)
+    return st.builds(LongRope, factors, factors, factor=st.none() | factor, attention_factor=st.none() | factor)
+
+
 @given(config=configs(), dtype=st.sampled_from(["bfloat16", "float32"]))
 def test_write_then_read_is_the_identity_and_transformers_reads_the_same(tmp_path_factory, config, dtype):
     folder = tmp_path_factory.mktemp("config")
     config.write(folder / "config.json", dtype)
     assert Phi3Config.read(folder / "config.json") == config
     theirs = transformers.Phi3Config.from_pretrained(folder)
-    ours = dataclasses.asdict(config)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        assert theirs.rope_parameters[name] == ours.pop(name)
-    assert {name: getattr(theirs, name) for name in ours} == ours
+    fields, rope = as_transformers_has_it(config)
+    assert {name: theirs.rope_parameters[name] for name in theirs.rope_parameters if name != "type"} == rope
+    assert {name: getattr(theirs, name) for name in fields} == fields
     assert str(theirs.dtype) == f"torch.{dtype}"
 
 
@@ -295,7 +416,6 @@ def test_partial_rotation_survives_writing_and_transformers(tmp_path):
 @given(configs())
 def test_what_transformers_writes_is_read(tmp_path_factory, config):
     folder = tmp_path_factory.mktemp("config")
-    fields = dataclasses.asdict(config)
-    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")} | {"rope_type": "default"}
+    fields, rope = as_transformers_has_it(config)
     transformers.Phi3Config(**fields, rope_parameters=rope).save_pretrained(folder)
     assert Phi3Config.read(folder / "config.json") == config

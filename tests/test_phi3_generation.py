@@ -7,9 +7,11 @@ import torch
 from helpers import SPECIAL, VOCABULARY, load_in_transformers, tiny_config, tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from minilora import phi3
-from minilora.phi3.generation import generate_ids, pick
+from minilora.phi3.config import LongRope
+from minilora.phi3.generation import generate_ids, penalise, pick
 
 END = SPECIAL["<|im_end|>"]
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -17,6 +19,7 @@ PROMPTS = [[5], [7, 1, 200, 31, 8], [9, 4, 77, 2, 2, 250, 16, 33, 90, 11, 12, 13
 CONFIGS = {
     "grouped-query": tiny_config(),
     "window": tiny_config(sliding_window=4),
+    "longrope": tiny_config(longrope=LongRope([1.0, 1.2, 1.4, 1.6], [2.0, 4.0, 8.0, 16.0]), original_max_position_embeddings=16),
     "tied-partial": tiny_config(tie_word_embeddings=True, head_dim=16, partial_rotary_factor=0.5),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -66,6 +69,55 @@ def test_greedy_answers_are_those_of_transformers(config, tmp_path):
     for mine, theirs_ in zip(actual, expected, strict=True):
         assert mine == theirs_[: len(mine)]
         assert set(theirs_[len(mine) :]) <= {256}  # padding once it has stopped
+
+
+@pytest.mark.parametrize("config", [CONFIGS[name] for name in ("grouped-query", "window", "tied-partial")])
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+def test_greedy_answers_to_a_left_padded_batch_are_those_of_transformers(config, penalty, tmp_path):
+    """transformers takes padding for seen: the pad id stands in every prompt here, where that makes no difference.
+
+    Under LongRoPE it turns a short row beside a long one by the long one's table, which the row alone would not be.
+    """
+    phi3.save(tiny_model(config, seed=1), tmp_path / "model")
+    theirs, ours = load_in_transformers(tmp_path / "model"), phi3.load(tmp_path / "model")
+    pad = 3
+    prompts = [[pad, *prompt] for prompt in PROMPTS]
+    length = max(map(len, prompts))
+    padded = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    free = answers(ours, prompts, max_new_tokens=24, repetition_penalty=penalty)
+    stops = {free[0][3], free[1][10], free[2][-1]}
+    expected = theirs.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=24, repetition_penalty=penalty,
+        eos_token_id=sorted(stops), pad_token_id=pad,
+    )[:, length:].tolist()  # fmt: skip
+    actual = answers(ours, prompts, stops, max_new_tokens=24, repetition_penalty=penalty)
+    assert len(actual[0]) <= 4 < 24
+    for mine, row in zip(actual, expected, strict=True):
+        assert mine == row[: len(mine)]
+        assert set(row[len(mine) :]) <= {pad}
+
+
+@given(
+    logits=st.lists(st.floats(-50, 50, width=32), min_size=6, max_size=6),
+    ids=st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    penalty=st.sampled_from([0.5, 1.0, 1.1, 3.0]),
+)
+def test_the_repetition_penalty_is_that_of_transformers(logits, ids, penalty):
+    logits, ids = torch.tensor([logits]), torch.tensor([ids])
+    seen = torch.zeros(1, 6, dtype=torch.bool).scatter(1, ids, True)
+    assert torch.equal(penalise(logits, seen, penalty), RepetitionPenaltyLogitsProcessor(penalty)(ids, logits))
+
+
+def test_padding_is_not_seen_by_the_repetition_penalty():
+    model = tiny_model(tiny_config())
+    (first, *_), *_ = answers(model, PROMPTS)
+    with torch.no_grad():  # id 0, which pads the shorter prompts, becomes the likeliest answer to the shortest
+        model.lm_head.weight[[0, first]] = model.lm_head.weight[[first, 0]]
+    settings = {"max_new_tokens": 12, "repetition_penalty": 4.0}
+    alone = [answers(model, [prompt], **settings)[0] for prompt in PROMPTS]
+    assert alone[0][0] == 0
+    assert answers(model, PROMPTS, **settings) == alone
 
 
 @every_config
@@ -235,6 +287,9 @@ def test_no_prompt_and_an_empty_prompt_are_refused(prompts):
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"top_p": 0.0}, "top_p must lie in (0, 1], not 0.0"),
         ({"top_p": 1.1}, "top_p must lie in (0, 1], not 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must lie in (0, inf), not 0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must lie in (0, inf), not inf"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must lie in (0, inf), not nan"),
         (
             {"max_new_tokens": -1, "temperature": -1, "top_k": -1, "top_p": 2},
             "max_new_tokens must be at least 1, not -1; temperature must be at least 0, not -1; "

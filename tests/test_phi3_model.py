@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from helpers import load_in_transformers, rms_error, tiny_config, tiny_model
+from helpers import as_transformers_has_it, largest_difference, load_in_transformers, rms_error, tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from minilora import phi3
 from minilora.phi3.cache import KVCache
+from minilora.phi3.config import LongRope
 from minilora.phi3.generation import generate_ids
 from minilora.phi3.model import RMSNorm
 
@@ -23,6 +26,10 @@ CONFIGS = {
     "head-dim": tiny_config(head_dim=12, rope_theta=500.0, rms_norm_eps=1e-3),
     "all-at-once": tiny_config(head_dim=16, partial_rotary_factor=0.5, sliding_window=3, tie_word_embeddings=True),
 }
+LONGROPE = tiny_config(
+    longrope=LongRope([1.0, 1.2, 1.4, 1.6], [2.0, 4.0, 8.0, 16.0]), max_position_embeddings=1024,
+    original_max_position_embeddings=12, sliding_window=9,
+)  # fmt: skip
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 B, T = 3, 17
 LEFT = (torch.arange(T) >= torch.tensor([0, 5, 14])[:, None]).long()  # (B, T): 17, 12 and 3 tokens, padded on the left
@@ -33,11 +40,6 @@ paddings = pytest.mark.parametrize("is_token", [EVERY, LEFT, RIGHT], ids=["unpad
 
 def random_ids(B=B, T=T, seed=0):
     return torch.randint(0, 260, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def largest_difference(actual, expected) -> float:
-    """max |Δ| as a share of the range of the expected logits."""
-    return float((actual.double() - expected.double()).abs().max() / (expected.max() - expected.min()))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -61,8 +63,7 @@ def test_logits_equal_those_of_transformers(pair, is_token):
 
 @every_config
 def test_what_transformers_saves_is_loaded_and_gives_its_logits(config, tmp_path):
-    fields = dataclasses.asdict(config) | {"original_max_position_embeddings": 1024}
-    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")} | {"rope_type": "default"}
+    fields, rope = as_transformers_has_it(dataclasses.replace(config, original_max_position_embeddings=1024))
     theirs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**fields, rope_parameters=rope, initializer_range=0.1)).eval()
     theirs.save_pretrained(tmp_path)
     ours = phi3.load(tmp_path)
@@ -187,6 +188,89 @@ def test_padding_changes_nothing_whatever_its_tokens_and_its_length():
     # Positions count tokens only: others would differ by their float32 angles, some 1e-8.
     assert largest_difference(logits[1:2, 5:], alone) < 1e-13
     assert logits.isfinite().all()
+
+
+DOCUMENTS = {"two": [9, 8], "short, long, short": [3, 13, 1], "of every length to the end": [1, 2, 3, 4, 7], "one": [17]}
+
+
+def packed(lengths, T=T):
+    """The numbers of documents of these lengths side by side, (1, T), and padding."""
+    numbers = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
+    return torch.tensor([numbers + [0] * (T - len(numbers))])
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LONGROPE], ids=[*CONFIGS, "longrope"])
+@pytest.mark.parametrize("lengths", [*DOCUMENTS.values(), [5, 6]], ids=[*DOCUMENTS, "padded"])
+def test_packed_documents_are_to_one_another_as_if_alone(config, lengths):
+    model, ids = tiny_model(config).double(), random_ids(B=1)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=packed(lengths))
+        alone = [model(document) for document in ids[:, : sum(lengths)].split(lengths, dim=1)]
+    assert largest_difference(logits[:, : sum(lengths)], torch.cat(alone, dim=1)) < 1e-13
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
+def test_rows_packed_each_in_its_own_way_are_as_if_alone(one, other, data):
+    model, width = tiny_model(dataclasses.replace(LONGROPE, original_max_position_embeddings=5)).double(), 36
+    ids, numbers = random_ids(B=2, T=width), torch.cat([packed(one, width), packed(other, width)])
+    shift = data.draw(st.integers(0, width - sum(other)))  # padding on both sides
+    numbers[1] = numbers[1].roll(shift)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=numbers)
+        for b, lengths in enumerate([one, other]):
+            for number in range(1, len(lengths) + 1):
+                its = numbers[b] == number
+                assert largest_difference(logits[b, its], model(ids[b : b + 1, its])[0]) < 1e-13
+
+
+def test_a_packed_row_of_the_loss_is_the_mean_over_its_documents_alone():
+    model, ids, lengths = tiny_model(LONGROPE), random_ids(B=1), [3, 13, 1]
+    loss = model(ids, ids, packed(lengths))
+    alone = [model(document, document) * (document.shape[1] - 1) for document in ids.split(lengths, dim=1)[:2]]
+    assert rms_error(loss, sum(alone) / (2 + 12)) < 1e-6
+
+
+def test_a_packed_row_may_be_read_in_steps_through_a_cache():
+    model, ids, numbers = tiny_model(CONFIGS["window"]), random_ids(B=1), packed([6, 8, 3])
+    cache = KVCache(model.config, 1, T, torch.float32, ids.device)
+    with torch.no_grad():
+        steps = [model(ids[:, t : t + 1], attention_mask=numbers[:, t : t + 1], cache=cache) for t in range(T)]
+        assert largest_difference(torch.cat(steps, dim=1), model(ids, attention_mask=numbers)) < 5e-6
+
+
+@pytest.mark.parametrize("is_token", [LEFT, RIGHT], ids=["left-padded", "right-padded"])
+def test_each_row_of_a_batch_takes_the_longrope_factors_for_its_own_length(is_token):
+    model, ids = tiny_model(LONGROPE).double(), random_ids()  # rows of 17, 12 and 3 tokens; 12 is the longest of the short
+    with torch.no_grad():
+        logits = model(ids, attention_mask=is_token)
+        for b in range(B):
+            its = is_token[b].bool()
+            assert largest_difference(logits[b, its], model(ids[b : b + 1, its])[0]) < 1e-13
+
+
+@pytest.mark.parametrize("length", [1, 11, 12, 13, 17])
+def test_longrope_gives_the_logits_of_transformers_on_both_sides_of_its_original_length(length, tmp_path):
+    ours = tiny_model(LONGROPE)
+    phi3.save(ours, tmp_path / "model")
+    ids, theirs = random_ids(T=length), load_in_transformers(tmp_path / "model")
+    with torch.no_grad():
+        assert largest_difference(ours(ids), theirs(ids).logits) < 5e-6
+
+
+@pytest.mark.parametrize("is_token", [None, LEFT], ids=["unpadded", "left-padded"])
+def test_a_cache_that_longrope_outgrows_is_refused_until_it_is_cleared(is_token):
+    model, ids = tiny_model(LONGROPE), random_ids()
+    masks = [None] * 3 if is_token is None else [is_token[:, :12], is_token[:, 12:13], is_token[:, :13]]
+    cache = KVCache(model.config, B, T, torch.float32, ids.device)
+    with torch.no_grad():
+        model(ids[:, :12], attention_mask=masks[0], cache=cache)
+        with pytest.raises(ValueError, match=r"a sequence in the cache grows past 12 tokens .* clear the cache, and give all"):
+            model(ids[:, 12:13], attention_mask=masks[1], cache=cache)
+        cache.clear()
+        logits = model(ids[:, :13], attention_mask=masks[2], cache=cache)
+        logits = torch.cat([logits, model(ids[:, 13:], cache=cache)], dim=1)
+        expected = model(ids, attention_mask=is_token)
+    assert largest_difference(logits[0], expected[0]) < 5e-6
 
 
 def test_tied_weights_are_one_parameter_after_building_loading_and_casting(tmp_path):

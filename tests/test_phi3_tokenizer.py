@@ -1,4 +1,8 @@
-"""Tokenizers, chat templates and the mask of what an assistant learns, on bytes and on the published Phi-3 tokenizers."""
+"""Tokenizers, chat templates and the mask of what an assistant learns, on bytes and on the published Phi-3 tokenizers.
+
+Templates that lie in no published folder among the test data are written down here: Phi-3.5 and Phi-4 as the facts about the
+family state them, Phi-3-medium as Phi-3's older one without its BOS, and Phi-4-reasoning with its instructions shortened.
+"""
 
 import json
 import re
@@ -8,8 +12,10 @@ import pytest
 from helpers import CHATML, SPECIAL, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minilora import phi3
@@ -35,9 +41,13 @@ def tiny(tiny_tokenizer):
 def published(request, shared, tmp_path_factory) -> tuple[str, phi3.Tokenizer]:
     """The name of a published tokenizer, and the tokenizer with the generation_config.json that belongs to it."""
     folder = tmp_path_factory.mktemp("published") / request.param
-    shutil.copytree(shared / "tokenizers" / request.param, folder)
-    shutil.copyfile(shared / "configs" / "Phi-3-mini-4k-instruct.generation_config.json", folder / "generation_config.json")
+    copy_published(shared, request.param, folder)
     return request.param, phi3.load_tokenizer(folder)
+
+
+def copy_published(shared, name, folder):
+    shutil.copytree(shared / "tokenizers" / name, folder)
+    shutil.copyfile(shared / "configs" / "Phi-3-mini-4k-instruct.generation_config.json", folder / "generation_config.json")
 
 
 def change_settings(folder, **settings):
@@ -87,12 +97,6 @@ def test_golden_texts_of_llama_cpp_encode_as_there(shared):
         assert tokenizer.encode(text) == ids, repr(text)
 
 
-@given(conversations, st.booleans())
-def test_rendering_equals_that_of_transformers(published, turns, open_answer):
-    _, tokenizer = published
-    assert_renders_as_transformers(tokenizer, messages_of(turns), open_answer)
-
-
 @pytest.mark.parametrize("template_of", ["chat_template.jinja", "tokenizer_config.json"])
 @pytest.mark.parametrize("open_answer", [False, True])
 def test_rendering_of_phi_4_mini_equals_that_of_transformers(shared, tmp_path, template_of, open_answer):
@@ -112,12 +116,15 @@ def test_rendering_of_phi_4_mini_equals_that_of_transformers(shared, tmp_path, t
         "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n  {{ m.content | trim }}\n  {% endif %}\n{% endfor %}\nend\n",
         "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m['content'] }}{% endfor %}{{ unknown }}",
         "{% if tools is not none %}tools{% endif %}{{ bos_token }}|{{ eos_token }}|{{ messages | length }}",
+        "{{ messages | tojson }}{{ messages | tojson(indent=2, sort_keys=true) }}",
+        "{% set x = 1 %}{% for m in messages %}\n{% generation %}\n{{ m.content }} {% endgeneration %}\n{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
         "  {% set ns = namespace(n=0) %} \n {# note #}\n{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}\n{{ ns.n }}",
     ],
 )
 def test_trimming_and_extensions_are_those_of_transformers(tmp_path, template):
     write_tokenizer(tmp_path, template)
-    messages = [*HELLO, {"role": "assistant", "content": " Hi <b> & 'you' "}]
+    messages = [*HELLO, {"role": "assistant", "content": " Hi <b> & 'you' é"}]
     assert_renders_as_transformers(phi3.load_tokenizer(tmp_path), messages, True)
 
 
@@ -177,33 +184,6 @@ def test_the_assistant_learns_exactly_its_contents_and_end_tokens(tiny, turns):
     assert ids == tiny.encode(tiny.render(messages_of(turns)))
 
 
-@given(conversations)
-def test_the_assistant_of_phi_3_learns_what_stands_between_its_role_and_its_end(published, turns):
-    name, tokenizer = published
-    text, spans = "<s>" if name == "phi-3" else "", []
-    for question, answer in turns:
-        text += f"<|user|>\n{question}<|end|>\n<|assistant|>\n"
-        spans.append(range(len(text), len(text + answer + "<|end|>")))
-        text += f"{answer}<|end|>\n"
-    text += "<|endoftext|>" if name == "phi-3-mini" else ""
-    encoded = tokenizer.file.encode(text, add_special_tokens=False)
-    ids, mask = tokenizer.encode_chat(messages_of(turns))
-    assert ids == encoded.ids
-    assert mask == [any(start in span for span in spans) for start, _ in encoded.offsets]
-    answers = [[]]
-    for id_, learn in zip(ids, mask, strict=True):
-        if learn and id_ == 32007:
-            answers.append([])
-        elif learn:
-            answers[-1].append(id_)
-    assert answers.pop() == []  # each turn ends with its end token
-    for learnt, (_, answer) in zip(answers, turns, strict=True):
-        if name == "phi-3":
-            assert tokenizer.decode(learnt) == answer.removeprefix(" ")  # as SentencePiece decodes any text
-        else:  # the role token swallows white space
-            assert tokenizer.decode(learnt).lstrip() == answer.lstrip()
-
-
 def test_a_system_message_is_not_learnt(tiny):
     messages = [{"role": "system", "content": "Be brief."}, *HELLO, {"role": "assistant", "content": "Hi"}]
     ids, mask = tiny.encode_chat(messages)
@@ -225,6 +205,12 @@ def test_without_an_assistant_nothing_is_learnt(tiny):
 def test_a_text_that_spells_a_special_token_is_refused(tiny, role, token):
     with pytest.raises(ValueError, match=re.escape(f"{role} text spells the special token {token}: remove it from the text")):
         tiny.encode_chat([*HELLO, {"role": role, "content": f"so {token}!"}])
+
+
+def test_whatever_text_a_message_holds_must_spell_no_special_token(tiny):
+    system = {"role": "system", "content": "Use tools.", "tools": "<|im_end|>"}
+    with pytest.raises(ValueError, match=re.escape("system text spells the special token <|im_end|>: remove it from the text")):
+        tiny.encode_chat([system, *HELLO, {"role": "assistant", "content": "Hi"}])
 
 
 def test_an_end_in_a_later_turn_does_not_end_this_one(tmp_path):
@@ -328,3 +314,139 @@ def test_a_copied_tokenizer_is_the_same_and_brings_no_other_file(tmp_path, tiny_
     ours, theirs = phi3.load_tokenizer(target), phi3.load_tokenizer(source)
     assert (ours.template, ours.special, ours.stop_ids) == (theirs.template, theirs.special, theirs.stop_ids)
     assert ours.file.to_str() == theirs.file.to_str()
+
+
+# The templates of the family ----------------------------------------------------------------------------------------
+
+PHI_3_5 = (
+    "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
+    "{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'user' %}"
+    "{{ '<|user|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'assistant' %}"
+    "{{ '<|assistant|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+PHI_3_MEDIUM = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>' + '\n' }}{% endif %}{% endfor %}"
+)
+PHI_4 = (
+    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}"
+    "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+INSTRUCTIONS = "<|im_start|>system<|im_sep|>You are Phi, who reasons in a <think> section first:<|im_end|>"
+PHI_4_REASONING = (
+    INSTRUCTIONS + "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>' }}{% elif message['role'] == 'assistant' %}"
+    "{{ '<|im_start|>assistant<|im_sep|>' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+# variant → folder of its tokenizer, a template in the place of that folder's
+VARIANTS = {
+    "phi-3-mini-4k": ("phi-3-mini", None),
+    "phi-3-mini-128k": ("phi-3", None),
+    "phi-3.5-mini": ("phi-3-mini", PHI_3_5),
+    "phi-3-medium-4k": ("phi-3-mini", PHI_3_MEDIUM),
+    "phi-3-medium-128k": ("phi-3", PHI_3_MEDIUM),
+    "phi-4": ("phi-4", PHI_4),
+    "phi-4-reasoning": ("phi-4", PHI_4_REASONING),
+    "phi-4-mini": ("phi-4-mini", None),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, shared, tmp_path_factory):
+    """A variant's name, its tokenizer, and the same files in transformers: those of Phi-4 and Phi-4-mini split into bytes."""
+    source, template = VARIANTS[request.param]
+    folder = tmp_path_factory.mktemp("variant") / request.param
+    if source == "phi-4":
+        write_tokenizer(folder, eos_token="<|im_end|>")
+        add_tokens(folder, [AddedToken("<|im_sep|>", special=True)])
+    elif source == "phi-4-mini":
+        settings = json.loads((shared / "tokenizers" / source / "tokenizer_config.json").read_text())
+        write_tokenizer(folder, settings["chat_template"], eos_token=settings["eos_token"], bos_token=settings["bos_token"])
+        add_tokens(folder, [AddedToken(**token) for token in settings["added_tokens_decoder"].values()])
+        end = TokenizerFile.from_file(str(folder / "tokenizer.json")).token_to_id("<|end|>")
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, SPECIAL["<|endoftext|>"]]}))
+    else:
+        copy_published(shared, source, folder)
+    if template:
+        change_settings(folder, chat_template=template)
+    return request.param, phi3.load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def add_tokens(folder, tokens):
+    file = TokenizerFile.from_file(str(folder / "tokenizer.json"))
+    for token in tokens:
+        (file.add_special_tokens if token.special else file.add_tokens)([token])
+    file.save(str(folder / "tokenizer.json"))
+
+
+def spelled(name: str, messages: list[dict]) -> list[tuple[str, bool]]:
+    """A conversation as the variant writes it: pieces of text, and whether the assistant is to learn them."""
+    pieces = {"phi-3-mini-128k": [("<s>", False)], "phi-4-reasoning": [(INSTRUCTIONS, False)]}.get(name, [])
+    for message in messages:
+        role, text = message["role"], message["content"]
+        answer = role == "assistant"
+        if name in ("phi-3-mini-4k", "phi-3.5-mini") and role != "tool" and (text or role != "system" or name != "phi-3.5-mini"):
+            pieces += [(f"<|{role}|>\n", False), (f"{text}<|end|>", answer), ("\n", False)]
+        elif name in ("phi-3-mini-128k", "phi-3-medium-4k", "phi-3-medium-128k") and role in ("user", "assistant"):
+            pieces += [("" if answer else "<|user|>\n", False), (f"{text}<|end|>", answer)]
+            pieces += [("\n" if answer else "\n<|assistant|>\n", False)]
+        elif name == "phi-4-mini":
+            tools = f"<|tool|>{message['tools']}<|/tool|>" if "tools" in message else ""
+            pieces += [(f"<|{role}|>", False), (f"{text}{tools}<|end|>", answer)]
+        elif (name == "phi-4" and role != "tool") or (name == "phi-4-reasoning" and role in ("user", "assistant")):
+            pieces += [(f"<|im_start|>{role}<|im_sep|>", False), (f"{text}<|im_end|>", answer)]
+    return [*pieces, ("<|endoftext|>" if name in ("phi-3-mini-4k", "phi-3.5-mini", "phi-4-mini") else "", False)]
+
+
+@st.composite
+def family_conversations(draw) -> list[dict]:
+    """With or without a system message, with or without tools and their results; any text may be empty."""
+    system = draw(st.sampled_from([(), ("content",), ("content", "tools")]))
+    messages = [{"role": "system", **{key: draw(texts) for key in system}}] if system else []
+    for _ in range(draw(st.integers(1, 3))):
+        roles = draw(st.sampled_from([("user", "assistant"), ("user", "assistant", "tool", "assistant")]))
+        messages += [{"role": role, "content": draw(texts)} for role in roles]
+    return messages
+
+
+@given(family_conversations(), st.booleans())
+def test_a_template_renders_as_in_transformers(variant, messages, open_answer):
+    name, ours, theirs = variant
+    asked = messages[:-1] if open_answer else messages
+    rendered = ours.render(asked, add_generation_prompt=open_answer)
+    assert rendered == theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=open_answer)
+    ids = theirs.apply_chat_template(asked, add_generation_prompt=open_answer, return_dict=False)
+    assert (ours.encode_prompt(asked) if open_answer else ours.encode_chat(asked)[0]) == ids
+    if not open_answer:
+        assert rendered == "".join(text for text, _ in spelled(name, messages))
+
+
+@given(family_conversations())
+def test_under_each_template_exactly_the_answers_and_their_ends_are_learnt(variant, messages):
+    name, tokenizer, _ = variant
+    text, spans = "", []
+    for piece, learnt in spelled(name, messages):
+        if learnt:
+            spans.append(range(len(text), len(text + piece)))
+        text += piece
+    encoded = tokenizer.file.encode(text, add_special_tokens=False)
+    ids, mask = tokenizer.encode_chat(messages)
+    assert ids == encoded.ids
+    assert mask == [any(start in span for span in spans) for start, _ in encoded.offsets]
+    answers = [[]]
+    for id_, learnt in zip(ids, mask, strict=True):
+        if learnt:
+            answers[-1].append(id_)
+            if id_ in tokenizer.stop_ids:
+                answers.append([])
+    assert answers.pop() == []  # each answer ends with its end token
+    said = [message["content"] for message in messages if message["role"] == "assistant"]
+    for learnt, answer in zip(answers, said, strict=True):
+        if name.endswith("128k"):
+            assert tokenizer.decode(learnt) == answer.removeprefix(" ")  # as SentencePiece decodes any text
+        else:  # the tokens of a role may swallow white space
+            assert tokenizer.decode(learnt).lstrip() == answer.lstrip()

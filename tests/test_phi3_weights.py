@@ -8,11 +8,14 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import load_in_transformers, tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minilora import phi3
+from minilora.phi3.weights import plan_shards
 
 FILES = {"config.json", "model.safetensors"}
 
@@ -85,10 +88,62 @@ def test_a_saved_folder_has_the_published_names_and_shapes(tmp_path):
     assert (raw["model_type"], raw["architectures"], raw["torch_dtype"]) == ("phi3", ["Phi3ForCausalLM"], "bfloat16")
 
 
-def test_saved_files_are_as_readable_as_any_new_file(folder):
-    (folder.parent / "plain").touch()
-    modes = {path.name: path.stat().st_mode & 0o777 for path in [*folder.iterdir(), folder.parent / "plain"]}
+def test_saved_files_are_as_readable_as_any_new_file(tmp_path, tiny_tokenizer):
+    phi3.save(tiny_model(tiny_config()), tmp_path / "model", tiny_tokenizer, shard_bytes=50_000)
+    (tmp_path / "plain").touch()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [*(tmp_path / "model").iterdir(), tmp_path / "plain"]}
     assert set(modes.values()) == {modes["plain"]}, modes
+
+
+@given(st.integers(1, 200_000), st.booleans())
+def test_shards_hold_at_most_so_many_bytes_and_load_bit_for_bit(tmp_path_factory, shard_bytes, tie):
+    folder, model = tmp_path_factory.mktemp("shards") / "model", tiny_model(tiny_config(tie_word_embeddings=tie))
+    phi3.save(model, folder, shard_bytes=shard_bytes)
+    assert_same_weights(phi3.load(folder), model)
+    sizes = {path.name: [t.nbytes for t in load_file(path).values()] for path in folder.glob("*.safetensors")}
+    assert all(sum(tensors) <= shard_bytes or len(tensors) == 1 for tensors in sizes.values())
+    index = folder / "model.safetensors.index.json"
+    assert index.exists() == (len(sizes) > 1)
+    if index.exists():
+        raw = json.loads(index.read_text())
+        assert raw["metadata"] == {"total_size": sum(map(sum, sizes.values()))}
+        assert raw["weight_map"].keys() == dict(model.named_parameters()).keys()
+        assert set(raw["weight_map"].values()) == sizes.keys()
+        assert sorted(sizes) == [f"model-{i:05}-of-{len(sizes):05}.safetensors" for i in range(1, len(sizes) + 1)]
+
+
+def test_a_shard_is_filled_to_its_last_byte_and_no_further():
+    sizes = {"a": 3, "b": 2, "c": 1, "large": 9, "d": 5}
+    assert list(plan_shards(sizes, 5).values()) == [["a", "b"], ["c"], ["large"], ["d"]]
+    assert plan_shards(sizes, 20) == {"model.safetensors": list(sizes)}
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_transformers_reads_shards_bit_for_bit(tmp_path, tie):
+    model = tiny_model(tiny_config(tie_word_embeddings=tie)).bfloat16()
+    phi3.save(model, tmp_path / "model", shard_bytes=20_000)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    assert_same_weights(load_in_transformers(tmp_path / "model", torch.bfloat16), model)
+
+
+def test_the_tokenizer_is_carried_along(tmp_path, tiny_tokenizer):
+    phi3.save(tiny_model(tiny_config()), tmp_path / "model", tokenizer_from=tiny_tokenizer)
+    assert names_in(tmp_path / "model") == FILES | names_in(tiny_tokenizer)
+    for file in tiny_tokenizer.iterdir():
+        assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_tokenizer_that_is_nowhere_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere must be a folder that holds tokenizer files$"):
+        phi3.save(tiny_model(tiny_config()), tmp_path / "model", tokenizer_from=tmp_path / "nowhere")
+    assert names_in(tmp_path) == set()
+
+
+def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path, tiny_tokenizer):
+    (tmp_path / "tokenizer" / "tokenizer_config.json").mkdir(parents=True)  # no file to copy
+    with pytest.raises(OSError, match=r"tokenizer_config\.json"):
+        phi3.save(tiny_model(tiny_config()), tmp_path / "model", tmp_path / "tokenizer")
+    assert names_in(tmp_path) == {"tokenizer"}
 
 
 def test_parameters_that_are_views_are_saved_as_they_read(tmp_path):
@@ -259,7 +314,7 @@ def test_safetensors_are_loaded_even_where_pickles_lie_beside(folder):
 
 def test_what_is_not_there_is_named(folder):
     for missing in (folder / "nowhere", folder / "model.safetensors"):
-        with pytest.raises(FileNotFoundError, match=re.escape(f"{missing} must be a folder that holds config.json and")):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{missing} must be a folder here, or the id of a")):
             phi3.load(missing)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{folder} must hold model.safetensors, or model.safetensors.i")):

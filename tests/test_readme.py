@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, tiny_checkpoint):
-    shutil.copytree(tiny_checkpoint, tmp_path / "Phi-3-mini-4k-instruct")
+    shutil.copytree(tiny_checkpoint, tmp_path / "microsoft" / "Phi-3-mini-4k-instruct")  # a folder comes before the hub
     (tmp_path / "chat.jsonl").write_text(blocks("json")[0])
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -1,0 +1,59 @@
+"""What the benchmarks measure by is itself right: the checkpoint that one writes, the results that another reads."""
+
+import torch
+from helpers import tiny_config
+
+from benchmarks import bench_family, bench_true_size
+from minilora import phi3
+from minilora.trainable import count_parameters
+
+
+def test_the_checkpoint_of_true_size_is_that_of_phi_3_mini():
+    with torch.device("meta"):
+        model = phi3.Phi3ForCausalLM(bench_true_size.PHI_3_MINI)
+    assert count_parameters(model)[1] == 3_821_079_552
+
+
+def test_a_checkpoint_written_tensor_by_tensor_is_loaded(tmp_path):
+    written = bench_true_size.write_checkpoint(tiny_config(), tmp_path, shard_bytes=40_000)
+    model = phi3.load(tmp_path)
+    assert model.config == tiny_config(original_max_position_embeddings=1024)
+    assert len(written["shards"]) == len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert written["parameters"] * 2 == written["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        spread = 0 if name.endswith("norm.weight") else 0.02
+        assert abs(parameter.float().std() - spread) < 0.002, name
+
+
+REPORT = """
+<testsuites><testsuite>
+  <testcase name="test_the_config_is_read[phi-4]" time="1.5" />
+  <testcase name="test_logits_of_one[phi-4-mini]" time="0.25" />
+  <testcase name="test_logits_of_one[bfloat16-phi-4-mini]" time="0.25"><skipped /></testcase>
+  <testcase name="test_logits_of_two[phi-4]" time="0"><failure /></testcase>
+  <testcase name="test_the_cache[phi-4-mini-token by token]" time="0"><error /></testcase>
+  <testcase name="test_the_template_masks[phi-4-reasoning]" time="0" />
+  <testcase name="test_logits_of_nobody[phi-44]" time="0" />
+  <testcase name="test_logits_of_nobody" time="0" />
+</testsuite></testsuites>
+"""
+
+
+def test_results_are_counted_for_the_variant_and_the_column_in_their_names():
+    rows = {row.pop("variant"): row for row in bench_family.read_report(REPORT)}
+    nothing = {column: {} for column in ("config read", "logits", "gradients", "cache", "template", "save")} | {"seconds": 0}
+    assert rows.keys() == set(bench_family.VARIANTS)
+    assert rows["phi-4"] == nothing | {"config read": {"passed": 1}, "logits": {"failed": 1}, "seconds": 1.5}
+    assert rows["phi-4-mini"] == nothing | {"logits": {"passed": 1, "skipped": 1}, "cache": {"failed": 1}, "seconds": 0.5}
+    assert rows["phi-4-reasoning"] == nothing | {"template": {"passed": 1}}
+    assert rows["phi-3-mini-4k"] == nothing
+
+
+def test_the_table_is_ticked_only_where_every_test_passes():
+    lines = bench_family.table(bench_family.read_report(REPORT)).splitlines()
+    assert lines[0] == "| variant | config read | logits | gradients | cache | template | save |"
+    assert lines[1].count("---") == 7
+    (row,) = (line for line in lines if line.startswith("| phi-4 |"))
+    assert row == "| phi-4 | ✓ 1 | ✗ 1 failed | ✗ no test | ✗ no test | ✗ no test | ✗ no test |"
+    assert "| ✗ 1 skipped, 1 passed |" in next(line for line in lines if line.startswith("| phi-4-mini |"))
