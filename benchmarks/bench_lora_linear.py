@@ -42,7 +42,7 @@ class Problem:
         rand = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
         self.x, self.dy = rand(M, K).bfloat16().requires_grad_(), rand(M, N).bfloat16()
         self.weight = (rand(N, K) / K**0.5).bfloat16()
-        self.lora_A, self.lora_B = (rand(R, K) / K**0.5).requires_grad_(), (rand(N, R) / R**0.5).requires_grad_()
+        self.lora_A, self.lora_B = nn.Parameter(rand(R, K) / K**0.5), nn.Parameter(rand(N, R) / R**0.5)
         self.compiled = torch.compile(self.eager)
         self.peft_layer = self._peft()
 
@@ -54,7 +54,7 @@ class Problem:
         base.weight = nn.Parameter(self.weight, requires_grad=False)
         config = LoraConfig(r=self.R, lora_alpha=int(SCALING * self.R), lora_dropout=self.dropout)
         layer = Linear(base, "default", config=config, r=self.R, lora_alpha=config.lora_alpha, lora_dropout=self.dropout)
-        layer.lora_A.default.weight, layer.lora_B.default.weight = nn.Parameter(self.lora_A), nn.Parameter(self.lora_B)
+        layer.lora_A.default.weight, layer.lora_B.default.weight = self.lora_A, self.lora_B
         return layer.to(self.x.device).train()
 
     def ours(self) -> Tensor:
@@ -86,13 +86,15 @@ class Problem:
     def error(self, way: str) -> float:
         """The largest RMS error of y, dx, dA and dB over the RMS of the float64 reference, without dropout."""
         kept, self.dropout = self.dropout, 0.0
+        self.peft_layer.eval()
         inputs = [self.x, self.lora_A, self.lora_B]
         double = [t.detach().double().requires_grad_() for t in inputs]
         expected = lora_linear_reference(double[0], self.weight.double(), double[1], double[2], SCALING)
         expected = [expected, *torch.autograd.grad(expected, double, self.dy.double())]
         y = getattr(self, way)()
-        found = [y, *torch.autograd.grad(y, inputs, self.dy)]
+        found = [y, *torch.autograd.grad(y, inputs, self.dy, materialize_grads=True)]
         self.dropout = kept
+        self.peft_layer.train()
         return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 

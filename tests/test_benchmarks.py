@@ -1,9 +1,11 @@
 """What the benchmarks measure by is itself right: the checkpoint that one writes, the results that another reads."""
 
+import pytest
 import torch
 from helpers import tiny_config
+from without_gpu import counting
 
-from benchmarks import bench_family, bench_true_size
+from benchmarks import bench_family, bench_lora_linear, bench_static, bench_true_size
 from minilora import phi3
 from minilora.trainable import count_parameters
 
@@ -57,3 +59,28 @@ def test_the_table_is_ticked_only_where_every_test_passes():
     (row,) = (line for line in lines if line.startswith("| phi-4 |"))
     assert row == "| phi-4 | ✓ 1 | ✗ 1 failed | ✗ no test | ✗ no test | ✗ no test | ✗ no test |"
     assert "| ✗ 1 skipped, 1 passed |" in next(line for line in lines if line.startswith("| phi-4-mini |"))
+
+
+def test_every_way_that_the_layer_benchmark_times_computes_the_same():
+    problem = bench_lora_linear.Problem(64, 48, 40, 8, dropout=0.05, device="cpu")
+    for way in ("ours", "eager", "addmm", "peft"):
+        assert problem.error(way) < bench_lora_linear.TOLERANCE, way
+    assert problem.error("frozen") > 10 * bench_lora_linear.TOLERANCE
+
+
+def test_without_a_gpu_the_layer_benchmark_ends_with_a_message(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device here: run it on a machine with one"):
+        bench_lora_linear.main()
+
+
+def test_the_static_benchmark_counts_what_every_way_moves():
+    line = bench_static.roofline("o", dropout=0.0)
+    assert 1 < line["ours bytes / least"] < line["eager_peft bytes / least"]
+    step = bench_static.Step("o", 0.0)
+    with counting(90) as traffic:
+        step.frozen()
+    M, (N, K) = bench_static.M, bench_static.LAYERS["o"]
+    assert sum(flops for _, flops in traffic.operations) == 4 * M * N * K
+    kernels = bench_static.machine_code(80, "o", 0.05)
+    assert [row["kernel"] for row in kernels] == ["down", "gemm", "sweep", "gemm", "outer"]
