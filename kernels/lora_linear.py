@@ -106,7 +106,8 @@ def _backward_op(
     scaling: float, dropout: float, edges: list[int], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
-        return backward(_steps(x), dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, _pairs(edges), needed)
+        adapter = lora_A.contiguous(), lora_B.contiguous()
+        return backward(_steps(x), dy, x, s, weight, *adapter, seed, scaling, dropout, _pairs(edges), needed)
 
 
 @_backward_op.register_fake
@@ -121,7 +122,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, _):
-    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4)]  # x, weight, lora_A, lora_B, bias
+    needed = list(ctx.needs_input_grad[:5])  # x, weight, lora_A, lora_B, bias
     found = iter(_backward_op(dy, *ctx.saved_tensors, *ctx.constants, needed))
     return *(next(found) if need else None for need in needed), None, None, None, None
 

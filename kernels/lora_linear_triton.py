@@ -35,6 +35,16 @@ def slice_of(g, SLICES: tl.constexpr):
 
 
 @triton.jit
+def share_of_columns(program, SLICES: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr):
+    """(g, split, first column, end of its columns, row of U less column) of program g·SPLITS + split."""
+    g, split = program // SPLITS, program % SPLITS
+    start, stop, row = slice_of(g, SLICES)
+    share = tl.cdiv(tl.cdiv(stop - start, SPLITS), BN) * BN
+    low = start + split * share
+    return g, split, low, tl.minimum(low + share, stop), row - start
+
+
+@triton.jit
 def down_kernel(
     P,  # (M, N)
     U,  # (width of all slices, R)
@@ -50,11 +60,7 @@ def down_kernel(
 ):  # fmt: skip
     """Program (m, g·SPLITS + split, r): BM rows, its share of the columns of slice g, BR ranks."""
     G: tl.constexpr = len(SLICES)
-    g, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
-    start, stop, row = slice_of(g, SLICES)
-    share = tl.cdiv(tl.cdiv(stop - start, SPLITS), BN) * BN
-    low = start + split * share
-    high = tl.minimum(low + share, stop)
+    g, split, low, high, to_row = share_of_columns(tl.program_id(1), SLICES, SPLITS, BN)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rr = tl.program_id(2) * BR + tl.arange(0, BR)
     m64 = rm.to(tl.int64)
@@ -64,7 +70,7 @@ def down_kernel(
         n64 = rn.to(tl.int64)
         p = tl.load(P + m64[:, None] * stride_pm + n64[None, :] * stride_pn,
                     mask=(rm[:, None] < M) & (rn[None, :] < high), other=0.0)  # fmt: skip
-        u = tl.load(U + (n64 - start + row)[:, None] * stride_un + rr[None, :] * stride_ur,
+        u = tl.load(U + (n64 + to_row)[:, None] * stride_un + rr[None, :] * stride_ur,
                     mask=(rn[:, None] < high) & (rr[None, :] < R), other=0.0)  # fmt: skip
         if DROPOUT:
             p = tl.where(keep_tile(tl.load(SEED), rm, n, threshold, BM, BN), p, 0.0)
@@ -206,11 +212,7 @@ def sweep_kernel(
 ):  # fmt: skip
     """Program (m, g·SPLITS + split): BM rows and its share of the columns of slice g."""
     G: tl.constexpr = len(SLICES)
-    g, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
-    start, stop, row = slice_of(g, SLICES)
-    share = tl.cdiv(tl.cdiv(stop - start, SPLITS), BN) * BN
-    low = start + split * share
-    high = tl.minimum(low + share, stop)
+    g, split, low, high, to_row = share_of_columns(tl.program_id(1), SLICES, SPLITS, BN)
     rm, rr = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BR)
     m64 = rm.to(tl.int64)
     s = tl.load(S + m64[None, :] * (G * R) + (g * R + rr)[:, None], mask=(rm[None, :] < M) & (rr[:, None] < R), other=0.0)
@@ -220,7 +222,7 @@ def sweep_kernel(
         n64 = rn.to(tl.int64)
         p = tl.load(P + m64[:, None] * stride_pm + n64[None, :] * stride_pn,
                     mask=(rm[:, None] < M) & (rn[None, :] < high), other=0.0)  # fmt: skip
-        row64 = n64 - start + row
+        row64 = n64 + to_row
         u = tl.load(U + row64[:, None] * stride_un + rr[None, :] * stride_ur,
                     mask=(rn[:, None] < high) & (rr[None, :] < R), other=0.0)  # fmt: skip
         acc = tl.dot(p, u.to(p.dtype), acc, input_precision=PRECISION)
