@@ -56,6 +56,24 @@ def test_the_figures_of_the_demo_are_those_of_the_committed_result():
     )
 
 
+def test_the_figures_of_the_true_size_are_those_of_the_committed_result():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "true_size.json").read_text())["rows"]
+    write, load, _, train = rows
+    text = " ".join(README.split())
+    assert (
+        f"{write['parameters']:,} parameters in bfloat16, loads with a peak of {load['peak_memory_bytes'] / 1e9:.1f} GB" in text
+    )
+    assert f"a LoRA step of {train['tokens']} tokens on a CPU takes {train['peak_memory_bytes'] / 1e9:.1f} GB" in text
+    assert load["peak_over_weights"] < 1.1
+
+
+def test_every_cell_of_the_table_of_the_family_is_green():
+    lines = (ROOT / "benchmarks" / "results" / "family.md").read_text().splitlines()
+    cells = [cell.strip() for line in lines if line.startswith("| phi-") for cell in line.strip("|").split("|")[1:]]
+    assert len(cells) == 8 * 6
+    assert all(cell.startswith("✓") for cell in cells)
+
+
 def test_the_table_of_bytes_is_that_of_the_committed_result():
     (row,) = json.loads((ROOT / "benchmarks" / "results" / "static.json").read_text())["rows"]
     found = {(line["layer"], line["dropout"]): line for line in row["roofline"]}
