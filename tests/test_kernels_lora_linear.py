@@ -69,6 +69,7 @@ def test_gradients_of_operation_and_reference_agree_with_finite_differences(drop
 
     assert torch.autograd.gradcheck(operation, tensors)
     assert torch.autograd.gradcheck(reference, tensors)
+    assert torch.autograd.gradgradcheck(reference, tensors)  # the operation refuses a second derivative, below
 
 
 @pytest.mark.parametrize("function", [lora_linear, lora_linear_reference])

@@ -14,6 +14,7 @@ from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, make_
 from without_gpu import DRAM_RATE, SHARED_LIMIT, MemoryFault, compiling, counting, interpreting
 
 from minilora.kernels import lora_linear_torch, lora_linear_triton, tiles
+from minilora.kernels.dropout import draw_seed
 from minilora.kernels.lora_linear import backward, forward, lora_linear
 
 ARCHS = (80, 89, 90)
@@ -382,3 +383,36 @@ def test_one_sweep_is_chosen_where_it_moves_fewer_bytes(layer, R, monkeypatch):
             lora_linear_triton.sweep(dy, inputs[3], s, slices, 2.0)
         moved[wins] = traffic.total
     assert moved[chosen] <= 1.05 * moved[not chosen]
+
+
+# ── on a GPU, where there is one ─────────────────────────────────────────────────────────────────────────────────────
+
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no CUDA device here: the kernels cannot be launched"
+)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R", "slices"),
+    [
+        (4096, 9216, 3072, 16, QKV),
+        (512, 3072, 8192, 64, None),
+        (1, 3072, 3072, 8, None),
+        (333, 1031, 517, 5, ((0, 1000), (1001, 1031))),
+    ],
+)
+def test_launched_on_a_gpu_they_are_within_rounding_of_the_float64_steps(M, N, K, R, slices, dtype):
+    inputs, dy, slices = tensors_of(M, N, K, R, slices, dtype, device="cuda", bias=True)
+    seed = draw_seed("cuda")
+    found = run(lora_linear_triton, inputs, dy, slices, seed, dropout=0.1)
+    expected = run(lora_linear_torch, [t.double() for t in inputs], dy.double(), slices, seed, dropout=0.1)
+    assert all(rms_error(one, other) < TOLERANCE[dtype] for one, other in zip(found, expected, strict=True))
+
+
+@on_gpu
+def test_compiled_on_a_gpu_the_operation_has_no_break_and_gives_the_same():
+    (x, weight, lora_A, lora_B, _), _, _ = tensors_of(256, 512, 384, 8, dtype=torch.bfloat16, device="cuda")
+    compiled = torch.compile(lora_linear, fullgraph=True)
+    assert torch.equal(compiled(x, weight, lora_A, lora_B, 2.0), lora_linear(x, weight, lora_A, lora_B, 2.0))
