@@ -277,8 +277,9 @@ def compile_step(arch, M, layer, R, dropout, dtype=torch.bfloat16, slices=None):
     """The kernels of one training step of a layer of Phi-3-mini, as a launch on the arch would have them."""
     N, K = LAYERS[layer]
     inputs, dy, slices = tensors_of(M, N, K, R, slices, dtype, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
     with compiling(arch) as compiled:
-        run(lora_linear_triton, inputs, dy, slices, torch.empty((), dtype=torch.int64, device="meta"), dropout=dropout)
+        run(lora_linear_triton, inputs, dy, slices, seed, dropout=dropout)
     return compiled
 
 
