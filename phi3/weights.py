@@ -123,7 +123,7 @@ def save(
     Raises:
         FileExistsError: the folder is there and not empty.
         FileNotFoundError: there is no folder tokenizer_from.
-        ValueError: adapters are not merged: they would be lost.
+        ValueError: adapters are not merged, or the head is not tied as the config says: they would be lost.
     """
     folder = Path(path)
     unmerged = [name for name, module in model.named_modules() if getattr(module, "merged", True) is False]
@@ -131,6 +131,10 @@ def save(
         raise FileNotFoundError(f"{tokenizer_from} must be a folder that holds tokenizer files")
     if unmerged:
         raise ValueError(f"merge the adapters first, or they would be lost: {', '.join(unmerged)}")
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise ValueError(
+            "the head has a weight of its own, which a config with tie_word_embeddings would lose: set that to false"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} must be new or empty: it holds files that would be mixed with the model's")
     with torch.device("meta"):

@@ -376,3 +376,11 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, limit, mes
     )
     assert re.match("OSError: " + message.format(path=re.escape(str(path))), result.stdout)
     assert names_in(tmp_path) == set()
+
+
+def test_a_head_that_is_no_longer_tied_is_not_lost_in_silence(tmp_path):
+    model = tiny_model(tiny_config(tie_word_embeddings=True))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    with pytest.raises(ValueError, match="the head has a weight of its own, which a config with tie_word_embeddings would lose"):
+        phi3.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
