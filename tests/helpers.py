@@ -39,7 +39,9 @@ def outputs_and_gradients(layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor
     x = x.detach().clone().requires_grad_(x.is_floating_point())
     y = layer(x)
     (y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    gradients = {name.rpartition(".")[2]: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    gradients = {
+        name.rpartition(".")[2]: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad
+    }
     return {"y": y, **({"x": x.grad} if x.grad is not None else {}), **gradients}
 
 
