@@ -3,6 +3,7 @@
 A test counts for the room that its file tests and for every library whose name is in its own: "computes_as_loralib_does".
 """
 
+import re
 from collections import Counter
 
 from benchmarks import protocol
@@ -28,7 +29,7 @@ def read_report(report: str) -> list[dict]:
     for case in protocol.cases(report):
         room = case["file"].removeprefix("test_").removeprefix("minilora_")
         # A whole file may be about one library, test_loralib.py; otherwise a test says in its own name whom it compares with.
-        for library in (library for library in LIBRARIES if library in (room, *case["test"].replace("pefts", "peft").split("_"))):
+        for library in (name for name in LIBRARIES if room == name or re.search(rf"_{name}s?(_|$)", case["test"])):
             counts.setdefault(room, {name: Counter() for name in LIBRARIES})[library][case["outcome"]] += 1
     return [{"room": room, **{name: dict(counter) for name, counter in libraries.items()}} for room, libraries in counts.items()]
 

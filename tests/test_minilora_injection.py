@@ -273,7 +273,7 @@ def test_settings_reach_every_layer(model):
         assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.scaling) == (3, 9, 0.25, 3.0)
 
 
-@pytest.mark.parametrize("target_modules", [FUSED, COOKBOOK, ["q_proj", "v_proj"], ["gate_proj", "lm_head"]])
+@pytest.mark.parametrize("target_modules", [FUSED, COOKBOOK, ["q_proj", "v_proj"], ["gate_proj", "lm_head", "embed_tokens"]])
 def test_targets_foretell_the_number_of_new_parameters(model, target_modules):
     config = lora.LoraConfig(r=3, target_modules=target_modules, rank_pattern={"lm_head": 5})
     foretold = sum(target.parameters for target in find_targets(model, config))
