@@ -154,9 +154,10 @@ def info(args: Namespace) -> None:
     window = config.sliding_window or "none"
     print(f"  vocabulary {config.vocab_size}, up to {config.max_position_embeddings} tokens, sliding window {window}")
     run = read_run_config(args.config, args.set)
-    targets = find_targets(model, run.peft)
-    trainable = sum(target.parameters for target in targets)
-    print(f"an adapter of {_settings(run.peft)} would train {trainable:,} parameters in {len(targets)} layers")
+    layers = len(find_targets(model, run.peft))
+    lora.mark_only_lora_as_trainable(lora.inject(model, run.peft))
+    trainable, _ = count_parameters(model)
+    print(f"an adapter of {_settings(run.peft)} would train {trainable:,} parameters in {layers} layers")
 
 
 def load_model(

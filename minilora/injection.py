@@ -4,15 +4,19 @@ A layer with an attribute `packed`, a dict of names to rows, is several layers f
 and v_proj); each of those names is a target too, and gives its own rows an adapter of their own.
 """
 
-import re
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from minilora.config import LoraConfig
+from minilora.dora import DoraLinear
 from minilora.kernels.lora_linear import Slices
 from minilora.layers import Linear, MergedLinear, enabled_slices
+from minilora.lora_bias import BiasedLinear
+from minilora.matching import hits, meant, saved_whole
+from minilora.offset import OffsetLinear
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,26 @@ class Target:
             "use_rslora": config.use_rslora,
         }
         dtype = dtype or self.module.weight.dtype
-        if not self.enabled:
-            return Linear.around(self.module, dtype, **settings)
-        return MergedLinear.around(self.module, dtype, **self._splits(), **settings)
+        if config.use_dora:
+            return DoraLinear.around(self.module, dtype, **self._splits(), **settings)
+        if config.lora_bias:
+            return BiasedLinear.around(self.module, dtype, **self._splits(), **settings)
+        if config.init_lora_weights is not True:
+            return OffsetLinear.around(self.module, dtype, start=config.init_lora_weights, **self._splits(), **settings)
+        if self.enabled:
+            return MergedLinear.around(self.module, dtype, **self._splits(), **settings)
+        return Linear.around(self.module, dtype, **settings)
 
     @property
     def slices(self) -> Slices:
         """(start, stop) of the outputs that each adapter adds to."""
-        return enabled_slices(**self._splits()) if self.enabled else ((0, self.module.out_features),)
+        return enabled_slices(**self._splits())
 
     def _splits(self) -> dict[str, list]:
+        if not self.enabled:
+            return {"enable_lora": [True], "out_splits": [self.module.out_features]}
         packed = self.module.packed
         return {"enable_lora": [name in self.enabled for name in packed], "out_splits": list(packed.values())}
-
-    @property
-    def parameters(self) -> int:
-        """How many an adapter of this layer trains."""
-        return self.r * sum(self.module.in_features + stop - start for start, stop in self.slices)
 
 
 def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32) -> nn.Module:
@@ -58,7 +65,8 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
 
     Names match by PEFT's rules: an entry of a list is a module's path or the end of one after a dot; a string is a regular
     expression for whole paths, or "all-linear". The model's own parameters stay the same objects; what is trained is decided
-    by mark_only_lora_as_trainable.
+    by mark_only_lora_as_trainable. Modules to save are replaced by copies, so that the originals stay as they are; a copied
+    head that was tied to the embedding is no longer.
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
@@ -69,10 +77,30 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
     """
     if any(isinstance(module, Linear) for module in model.modules()):
         raise ValueError("this model has adapters already: load it anew to inject others")
-    for target in find_targets(model, config):
-        model.set_submodule(target.path, target.layer(config, dtype))
+    return install(model, config, replacements(model, config, dtype))
+
+
+def replacements(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> dict[str, nn.Module]:
+    """What inject would put into the model, by path: layers with adapters, and copies of the modules to save."""
+    modules = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
+    return modules | {path: copy.deepcopy(module) for path, module in saved_modules(model, config).items()}
+
+
+def install(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> nn.Module:
+    """Puts replacements in their places."""
+    for path, module in modules.items():
+        model.set_submodule(path, module)
     model.lora_config = config
     return model
+
+
+def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that config.modules_to_save names, the outermost of nested ones."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and saved_whole(path, config) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return found
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
@@ -81,12 +109,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        whole = _matches(path, wanted, hit)
-        prefix = path[: path.rfind(".") + 1]
-        if whole and isinstance(wanted, str):
-            enabled = ()  # a pattern that fits the layer means the layer, though it may fit the slices too
-        else:
-            enabled = tuple(name for name in getattr(module, "packed", ()) if _matches(prefix + name, wanted, hit))
+        whole, prefix = meant(path, config), path[: path.rfind(".") + 1]
+        # A pattern that fits the layer means the layer, though it may fit the slices too.
+        packed = () if whole and isinstance(wanted, str) else getattr(module, "packed", ())
+        enabled = tuple(name for name in packed if meant(prefix + name, config))
+        hit |= hits(path, config).union(*(hits(prefix + name, config) for name in packed))
         if whole and enabled:
             faults.append(f"{path} is named whole and by its slices {', '.join(enabled)}: name one or the other")
         elif whole or enabled:
@@ -97,24 +124,28 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
                     f"the slices {', '.join(enabled)} of {path} must share one r and lora_alpha, not {sorted(settings)}"
                 )
             targets.append(Target(path, module, enabled, *settings.pop()))
-    unmatched = {wanted} - hit if isinstance(wanted, str) else set(wanted) - hit
-    if unmatched:
-        faults.append(f"target_modules {sorted(unmatched)} match no linear layer; this model has {', '.join(_names(model))}")
+    names = {wanted} if isinstance(wanted, str) else set(wanted)
+    if names - hit or not (targets or faults):
+        nowhere = sorted(names - hit or names)
+        faults.append(f"target_modules {nowhere} match no linear layer; this model has {', '.join(_names(model))}")
+    faults += _faults_of_others(model, config, targets)
     if faults:
         raise ValueError("; ".join(faults))
     return targets
 
 
-def _matches(path: str, wanted: list[str] | str, hit: set[str]) -> bool:
-    """Whether a module's path is wanted; adds to hit the entries that say so."""
-    if wanted == "all-linear":
-        matching = {wanted} if path.rpartition(".")[2] != "lm_head" else set()  # PEFT's rule: every linear but the head
-    elif isinstance(wanted, str):
-        matching = {wanted} if re.fullmatch(wanted, path) else set()
-    else:
-        matching = {name for name in wanted if path == name or path.endswith("." + name)}
-    hit |= matching
-    return bool(matching)
+def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target]) -> list[str]:
+    """What is wrong with modules_to_save, and with ranks that a start from the weight cannot have."""
+    named = set().union(*(saved_whole(path, config) for path, _ in model.named_modules(remove_duplicate=False)))
+    unmatched = sorted(set(config.modules_to_save or []) - named)
+    faults = [f"modules_to_save {unmatched} match no module"] if unmatched else []
+    start = config.init_lora_weights
+    if start is not True:
+        for target in targets:
+            most = min(target.module.in_features, *(stop - start for start, stop in target.slices))
+            if target.r > most:
+                faults.append(f"{target.path} starts by {start} and must have r of at most {most}, not {target.r}")
+    return faults
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -22,6 +22,12 @@ def enabled_slices(enable_lora: list[bool], out_splits: list[int]) -> Slices:
     return tuple(edge for edge, enabled in zip(edges, enable_lora, strict=True) if enabled)
 
 
+def spread(values: Tensor, slices: Slices, elsewhere: Tensor) -> Tensor:
+    """One value for each output of a layer: those of the slices in their order, and between them those of elsewhere (N,)."""
+    rows = torch.cat([torch.arange(start, stop, device=values.device) for start, stop in slices])
+    return elsewhere.to(values.dtype).index_put((rows,), values)
+
+
 class Linear(nn.Linear):
     """A linear layer with an adapter on all of its outputs.
 
@@ -89,11 +95,21 @@ class Linear(nn.Linear):
             raise ValueError("this layer's adapter is merged into its weight: unmerge before training")
         return super().forward(x)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (G·R, in_features) and B (width of the slices, R) of the whole update, with R ranks for each of G slices."""
+        return self.lora_A, self.lora_B
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Takes over what factors gives."""
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
     def delta(self) -> Tensor:
         """What the adapters add to each slice of the weight, (width of the slices, in_features), in float32 or better."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.factors()
         widths = [stop - start for start, stop in self.slices]
-        pairs = zip(self.lora_B.to(dtype).split(widths), self.lora_A.to(dtype).chunk(len(widths)), strict=True)
+        pairs = zip(B.to(dtype).split(widths), A.to(dtype).chunk(len(widths)), strict=True)
         return torch.cat([self.scaling * (B_g @ A_g) for B_g, A_g in pairs])
 
     def extra_repr(self) -> str:
