@@ -155,7 +155,7 @@ def read_adapter_config(path: Path | str) -> LoraConfig:
 
 def _as_made(path: Path | str, stored: PeftConfig) -> LoraConfig:
     """The config by slices, from the tensors' metadata or where earlier versions wrote it; the stored one where there is none."""
-    ours = stored.ours
+    ours = stored.raw.get(OURS)
     try:
         with safe_open(Path(path) / TENSORS, "pt") as file:
             ours = json.loads((file.metadata() or {}).get(OURS, "null")) or ours
@@ -277,7 +277,7 @@ def _faults_outside_slices(path: str, layer: Linear, tensors: dict[str, Tensor])
     if layer.slices == ((0, layer.out_features),):
         return []
     expected = {"lora_B.weight": lambda B: _fuse(_split(B, layer.slices), layer.slices, layer.out_features)}
-    if isinstance(layer, DoraLinear):
+    if isinstance(layer, DoraLinear) and not layer.weight.is_meta:
         expected["lora_magnitude_vector"] = lambda m: spread(_rows(m, layer.slices), layer.slices, layer.magnitudes())
     if isinstance(layer, BiasedLinear):
         expected["lora_B.bias"] = lambda b: spread(_rows(b, layer.slices), layer.slices, torch.zeros_like(b))

@@ -32,8 +32,12 @@ class PeftConfig:
     """
 
     lora: LoraConfig
-    base: str  # name or path of the base model, "" where none is noted
-    ours: dict | None  # the LoraConfig by slices that an earlier minilora wrote here, not yet checked
+    raw: dict  # the whole file
+
+    @property
+    def base(self) -> str:
+        """Name or path of the base model, "" where none is noted."""
+        return self.raw.get("base_model_name_or_path") or ""
 
 
 def read_peft_config(path: Path | str) -> PeftConfig:
@@ -55,18 +59,18 @@ def read_peft_config(path: Path | str) -> PeftConfig:
     known = {field.name for field in fields(LoraConfig)}
     # A key that is empty, false or "none" asks for nothing; any other that is not read here is refused.
     asked = {key: value for key, value in raw.items() if value and value != "none" and key not in known | WITHOUT_EFFECT}
-    start = raw.pop("init_lora_weights", None)
+    settings = {key: raw[key] for key in known if raw.get(key) is not None}
+    start = settings.pop("init_lora_weights", None)
     if start in STARTS:
-        raw |= {"init_lora_weights": start, "lora_dropout": 0.0}  # which acts in training only
+        settings |= {"init_lora_weights": start, "lora_dropout": 0.0}  # which acts in training only
     elif start not in (None, True, False, "gaussian", "orthogonal"):
         asked["init_lora_weights"] = start  # changes the base weights too, in a way that cannot be found again
     if asked:
         raise ValueError(f"{file} asks for what is not supported: " + ", ".join(f"{k} = {v!r}" for k, v in asked.items()))
     try:
-        config = LoraConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
+        return PeftConfig(LoraConfig(**settings), raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return PeftConfig(config, raw.get("base_model_name_or_path") or "", raw.get("minilora"))
 
 
 def make_peft_config(model: nn.Module, layers: dict[str, Linear], base: str | None) -> dict:

@@ -51,7 +51,9 @@ def test_a_start_in_the_base_is_told(tmp_path):
 
 
 def test_peft_reads_what_is_made(tmp_path):
-    model = lora.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora.LoraConfig(r=2, rank_pattern={"1": 3}, lora_bias=True))
+    model = lora.inject(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora.LoraConfig(r=2, rank_pattern={"1": 3}, lora_bias=True)
+    )
     raw = make_peft_config(model, {path: module for path, module in model.named_modules() if path}, "some/base")
     (tmp_path / CONFIG).write_text(json.dumps(raw))
     found = peft.PeftConfig.from_pretrained(tmp_path)
