@@ -18,19 +18,16 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig, scaling
 from minilora.dora import DoraLinear
+from minilora.embedding import Embedding
 from minilora.files import replaced_folder
 from minilora.injection import find_targets, install, replacements, saved_modules
 from minilora.kernels.lora_linear import Slices
-from minilora.layers import Linear, spread
+from minilora.layers import Linear, LoRALayer, adapted_layers, spread
 from minilora.lora_bias import BiasedLinear
 from minilora.offset import STARTS, as_saved
 from minilora.peft_config import CONFIG, PeftConfig, make_peft_config, read_peft_config
 
 TENSORS, PREFIX, OURS = "adapter_model.safetensors", "base_model.model.", "minilora"
-
-
-def _adapted(model: nn.Module) -> dict[str, Linear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
 
 
 # Saving
@@ -48,12 +45,13 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
         ValueError: the model has no adapter, or one that is not finite.
         OSError: the disk is full or not writable, or the folder holds other files.
     """
-    layers, config = _adapted(model), getattr(model, "lora_config", LoraConfig())
+    layers, config = adapted_layers(model), getattr(model, "lora_config", LoraConfig())
     if not layers:
         raise ValueError("the model has no adapter to save")
+    _refuse_convolutions(layers)
     tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in _on_disk(layer).items()}
     tensors |= _others(model, layers, saved_modules(model, config), config)
-    sliced = hasattr(model, "lora_config") and any(layer.slices != ((0, layer.out_features),) for layer in layers.values())
+    sliced = hasattr(model, "lora_config") and any(map(_by_slices, layers.values()))
     # One key only: safetensors writes several in an order of chance, and the same adapter shall be the same file.
     metadata = {OURS: json.dumps(asdict(as_saved(config) if config.init_lora_weights in STARTS else config))}
     write_adapter(path, make_peft_config(model, layers, base), tensors, metadata if sliced else {"format": "pt"})
@@ -86,9 +84,16 @@ def check_replaceable(path: Path | str) -> None:
 # A layer's adapter as it lies on disk, and what else is trained
 
 
-def _on_disk(layer: Linear) -> dict[str, Tensor]:
-    """A layer's adapter by PEFT's names, its slices fused."""
+def _on_disk(layer: LoRALayer) -> dict[str, Tensor]:
+    """A layer's adapter by PEFT's names and in its shapes, slices fused."""
     A, B = (factor.detach() for factor in layer.factors())
+    if isinstance(layer, Embedding):
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    if not isinstance(layer, Linear):  # a convolution into r channels, and a pointwise one out of them
+        return {
+            "lora_A.weight": A.view(-1, *layer.weight.shape[1:]),
+            "lora_B.weight": B.view(*B.shape, *[1] * (layer.weight.ndim - 2)),
+        }
     tensors = {"lora_A.weight": A, "lora_B.weight": _fuse(B, layer.slices, layer.out_features)}
     if isinstance(layer, DoraLinear):
         tensors["lora_magnitude_vector"] = layer.magnitudes()
@@ -97,13 +102,38 @@ def _on_disk(layer: Linear) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_disk(layer: Linear, tensors: dict[str, Tensor]) -> None:
+def _from_disk(layer: LoRALayer, tensors: dict[str, Tensor]) -> None:
     """The inverse of _on_disk, in place."""
+    if isinstance(layer, Embedding):
+        layer.set_factors(tensors["lora_embedding_A"], tensors["lora_embedding_B"])
+        return
+    if not isinstance(layer, Linear):
+        layer.set_factors(tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1))
+        return
     layer.set_factors(tensors["lora_A.weight"], _split(tensors["lora_B.weight"], layer.slices))
     if isinstance(layer, DoraLinear):
         layer.lora_magnitude_vector.copy_(_rows(tensors["lora_magnitude_vector"], layer.slices))
     if isinstance(layer, BiasedLinear):
         layer.lora_bias.copy_(_rows(tensors["lora_B.bias"], layer.slices))
+
+
+def _refuse_convolutions(layers: dict[str, LoRALayer]) -> None:
+    """Raises for convolutions that PEFT's two, one into r channels and a pointwise one out of them, cannot be.
+
+    loralib's factors run over parts of the kernel. With groups PEFT's first one still sees all channels, and no kernel of the
+    frozen layer's shape does the same.
+    """
+    convolutions = {path: layer for path, layer in layers.items() if not isinstance(layer, Linear | Embedding)}
+    others = [path for path, layer in convolutions.items() if not layer.original or layer.groups > 1]
+    if others:
+        raise ValueError(
+            "adapter files hold no convolutions with groups or with loralib's factors: load and save "
+            f"{', '.join(others)} with lora_state_dict"
+        )
+
+
+def _by_slices(layer: LoRALayer) -> bool:
+    return isinstance(layer, Linear) and layer.slices != ((0, layer.out_features),)
 
 
 def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
@@ -198,7 +228,7 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
         FileNotFoundError: a file of the adapter is missing.
         ValueError: it does not fit the model; every missing, extra or misshapen tensor is named, and the model is unchanged.
     """
-    merged = [name for name, layer in _adapted(model).items() if layer.merged]
+    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
     if merged:
         raise ValueError(f"unmerge the model's adapter before loading another: {', '.join(merged)}")
     stored, tensors = read_peft_config(path), read_adapter_tensors(path)
@@ -222,7 +252,7 @@ class LoadingPlan:
     """What load_adapter would do to a model."""
 
     new: dict[str, nn.Module]  # modules to be put into the model, by path
-    layers: dict[str, Linear]  # adapted layers to be filled
+    layers: dict[str, LoRALayer]  # adapted layers to be filled
     others: dict[str, Tensor]  # modules saved whole, and biases, to be filled
     faults: list[str]  # why it must not be done
 
@@ -239,10 +269,11 @@ def plan_loading(
     Raises:
         ValueError: the targets are not in the model.
     """
-    layers, new = _adapted(model), {}
+    layers, new = adapted_layers(model), {}
     if not layers:
         new = replacements(model, config, dtype)
-        layers = {path: module for path, module in new.items() if isinstance(module, Linear)}
+        layers = {path: module for path, module in new.items() if isinstance(module, LoRALayer)}
+    _refuse_convolutions(layers)
     made = getattr(model, "lora_config", config)
     saved = {path: new.get(path, module) for path, module in saved_modules(model, made).items()}
     others = _others(model, layers, saved, made)
@@ -272,9 +303,9 @@ def plan_loading(
     return LoadingPlan(new, layers, others, sorted(faults))
 
 
-def _faults_outside_slices(path: str, layer: Linear, tensors: dict[str, Tensor]) -> list[str]:
+def _faults_outside_slices(path: str, layer: LoRALayer, tensors: dict[str, Tensor]) -> list[str]:
     """What the file changes in rows that the model's adapter, by slices, leaves alone."""
-    if layer.slices == ((0, layer.out_features),):
+    if not _by_slices(layer):
         return []
     expected = {"lora_B.weight": lambda B: _fuse(_split(B, layer.slices), layer.slices, layer.out_features)}
     if isinstance(layer, DoraLinear) and not layer.weight.is_meta:

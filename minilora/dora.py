@@ -44,7 +44,7 @@ class DoraLinear(MergedLinear):
         dtype, s, squares = torch.promote_types(self.lora_A.dtype, torch.float32), self.scaling, []
         A, B = self.lora_A.chunk(len(self.slices)), self.lora_B.split([stop - start for start, stop in self.slices])
         for (start, stop), A_g, B_g in zip(self.slices, A, B, strict=True):
-            W_g = self.weight[start:stop]
+            W_g = self.matrix[start:stop]
             products = (W_g @ A_g.to(W_g.dtype).T).to(dtype)  # (width, r)
             A_g, B_g = A_g.to(dtype), B_g.to(dtype)
             square = torch.linalg.vector_norm(W_g, dim=1, dtype=dtype).square()
@@ -59,22 +59,22 @@ class DoraLinear(MergedLinear):
     def magnitudes(self) -> Tensor:
         """m of every row of the weight; outside the slices the row's own length, which changes nothing."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(self.weight.detach(), dim=1, dtype=dtype)
+        lengths = torch.linalg.vector_norm(self.matrix.detach(), dim=1, dtype=dtype)
         return spread(self.lora_magnitude_vector.detach(), self.slices, lengths)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.merged:
+        if not self._adds():
             return super().forward(x)
         dropped = F.dropout(x, self.lora_dropout, self.training)
-        turned = lora_linear(dropped, self.weight, self.lora_A, self.lora_B, self.scaling, slices=self.slices)
+        turned = lora_linear(dropped, self.matrix, self.lora_A, self.lora_B, self.scaling, slices=self.slices)
         gains = spread(self.gains(), self.slices, torch.ones(self.out_features, device=x.device))
         y = turned * gains if self.bias is None else turned * gains + self.bias
         if self.training and self.lora_dropout:
-            y = y + F.linear(x - dropped, self.weight)
+            y = y + F.linear(x - dropped, self.matrix)
         return y.to(x.dtype)  # rounded once: gains near 1 need more digits than bfloat16 has
 
     def delta(self) -> Tensor:
-        rows = torch.cat([self.weight[start:stop] for start, stop in self.slices])
+        rows = torch.cat([self.matrix[start:stop] for start, stop in self.slices])
         change = super().delta()
         return self.gains()[:, None] * (rows.to(change.dtype) + change) - rows.to(change.dtype)

@@ -1,4 +1,4 @@
-"""Adapters into any model: the linear layers that a LoraConfig names are replaced, in this one place.
+"""Adapters into any model and out again: the layers that a LoraConfig names are replaced, in this one place.
 
 A layer with an attribute `packed`, a dict of names to rows, is several layers fused into one (Phi-3's qkv_proj is q_proj, k_proj
 and v_proj); each of those names is a target too, and gives its own rows an adapter of their own.
@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from minilora.config import LoraConfig
+from minilora.convolution import Conv1d, Conv2d, Conv3d
 from minilora.dora import DoraLinear
+from minilora.embedding import Embedding
 from minilora.kernels.lora_linear import Slices
-from minilora.layers import Linear, MergedLinear, enabled_slices
+from minilora.layers import Linear, LoRALayer, MergedLinear, adapted_layers, enabled_slices
 from minilora.lora_bias import BiasedLinear
 from minilora.matching import hits, meant, saved_whole
 from minilora.offset import OffsetLinear
+
+KINDS = {nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,13 @@ class Target:
     """A layer to adapt: whole when `enabled` is empty, else those of the layers fused in it."""
 
     path: str
-    module: nn.Linear
+    module: nn.Module
     enabled: tuple[str, ...]
     r: int
     lora_alpha: float
 
-    def layer(self, config: LoraConfig, dtype: torch.dtype | None) -> Linear:
-        """The same layer with its adapter, around the same weight; dtype None for the weight's own."""
+    def layer(self, config: LoraConfig, dtype: torch.dtype | None, device=None) -> LoRALayer:
+        """The same layer with its adapter, around the same weight; dtype and device None for the weight's own."""
         settings = {
             "r": self.r,
             "lora_alpha": self.lora_alpha,
@@ -39,43 +43,52 @@ class Target:
         }
         dtype = dtype or self.module.weight.dtype
         if config.use_dora:
-            return DoraLinear.around(self.module, dtype, **self._splits(), **settings)
+            return DoraLinear.around(self.module, dtype, device, **self._splits(), **settings)
         if config.lora_bias:
-            return BiasedLinear.around(self.module, dtype, **self._splits(), **settings)
+            return BiasedLinear.around(self.module, dtype, device, **self._splits(), **settings)
         if config.init_lora_weights is not True:
-            return OffsetLinear.around(self.module, dtype, start=config.init_lora_weights, **self._splits(), **settings)
+            settings["start"] = config.init_lora_weights
+            return OffsetLinear.around(self.module, dtype, device, **self._splits(), **settings)
         if self.enabled:
-            return MergedLinear.around(self.module, dtype, **self._splits(), **settings)
-        return Linear.around(self.module, dtype, **settings)
+            return MergedLinear.around(self.module, dtype, device, **self._splits(), **settings)
+        return KINDS[plain_kind(self.module)].around(self.module, dtype, device, **settings)
 
     @property
     def slices(self) -> Slices:
-        """(start, stop) of the outputs that each adapter adds to."""
+        """(start, stop) of the rows of the weight that each adapter adds to."""
         return enabled_slices(**self._splits())
 
     def _splits(self) -> dict[str, list]:
         if not self.enabled:
-            return {"enable_lora": [True], "out_splits": [self.module.out_features]}
+            return {"enable_lora": [True], "out_splits": [len(self.module.weight)]}
         packed = self.module.packed
         return {"enable_lora": [name in self.enabled for name in packed], "out_splits": list(packed.values())}
 
 
+def plain_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The kind of layer that a module is, among those that take an adapter."""
+    return next((kind for kind in KINDS if isinstance(module, kind)), None)
+
+
 def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32) -> nn.Module:
-    """Replaces every linear layer that config.target_modules names by one with an adapter, in place; returns the model.
+    """Replaces every linear layer, embedding and convolution that config.target_modules names by one with an adapter, in place.
 
     Names match by PEFT's rules: an entry of a list is a module's path or the end of one after a dot; a string is a regular
-    expression for whole paths, or "all-linear". The model's own parameters stay the same objects; what is trained is decided
-    by mark_only_lora_as_trainable. Modules to save are replaced by copies, so that the originals stay as they are; a copied
-    head that was tied to the embedding is no longer.
+    expression for whole paths, or "all-linear". The model's own parameters stay the same objects under the same names; what is
+    trained is decided by mark_only_lora_as_trainable. Modules to save are replaced by copies; a copied head that was tied to the
+    embedding no longer is. remove undoes it all.
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
 
+    Returns:
+        The model.
+
     Raises:
-        ValueError: a name matches nothing, a layer is named both whole and by slice or has an adapter already, or slices of
-            one layer have unlike ranks; all faults at once, and the model is unchanged.
+        ValueError: a name matches nothing, a layer is named both whole and by slice, computes in a way of its own or has an
+            adapter already, or slices of one layer have unlike ranks; all faults at once, and the model is unchanged.
     """
-    if any(isinstance(module, Linear) for module in model.modules()):
+    if adapted_layers(model):
         raise ValueError("this model has adapters already: load it anew to inject others")
     return install(model, config, replacements(model, config, dtype))
 
@@ -83,13 +96,15 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
 def replacements(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     """What inject would put into the model, by path: layers with adapters, and copies of the modules to save."""
     modules = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
-    return modules | {path: copy.deepcopy(module) for path, module in saved_modules(model, config).items()}
+    for path, module in saved_modules(model, config).items():
+        modules[path] = copy.deepcopy(module)
+        modules[path].original = (module,)
+    return modules
 
 
 def install(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> nn.Module:
     """Puts replacements in their places."""
-    for path, module in modules.items():
-        model.set_submodule(path, module)
+    _replace(model, {model.get_submodule(path): module for path, module in modules.items()})
     model.lora_config = config
     return model
 
@@ -103,11 +118,45 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     return found
 
 
+def remove(model: nn.Module) -> nn.Module:
+    """Puts the modules that inject replaced back in their places, the same objects with the same parameters; returns the model.
+
+    Parameters that were frozen stay so; biases that were trained in place stay trained.
+
+    Raises:
+        ValueError: the model has no adapter, one is merged into its weight, or a layer was made with its adapter, so that there
+            is none to put back; the model is unchanged.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapter to remove")
+    faults = [f"{path} is merged: unmerge it first" for path, layer in layers.items() if layer.merged]
+    faults += [f"{path} was made with its adapter, not by inject" for path, layer in layers.items() if not layer.original]
+    if faults:
+        raise ValueError("; ".join(faults))
+    for layer in layers.values():
+        for name, _ in list(layer.original[0].named_parameters()):
+            setattr(layer.original[0], name, getattr(layer, name))  # to_empty and sharding give a layer new parameters
+        layer.original[0].train(layer.training)
+    copies = saved_modules(model, getattr(model, "lora_config", LoraConfig()))
+    _replace(model, {module: module.original[0] for module in [*layers.values(), *copies.values()]})
+    vars(model).pop("lora_config", None)
+    return model
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Puts each module's replacement everywhere that the model holds it: one that is used twice stays one."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(path, replacements[module])
+
+
 def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     """The layers that inject would replace, in the model's order; errors as there."""
     wanted, hit, faults, targets = config.target_modules, set(), [], []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        kind = plain_kind(module)
+        if kind is None or (wanted == "all-linear" and kind is not nn.Linear):
             continue
         whole, prefix = meant(path, config), path[: path.rfind(".") + 1]
         # A pattern that fits the layer means the layer, though it may fit the slices too.
@@ -117,6 +166,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
         if whole and enabled:
             faults.append(f"{path} is named whole and by its slices {', '.join(enabled)}: name one or the other")
         elif whole or enabled:
+            if reason := _unfit(path, module, model):
+                faults.append(f"{path} cannot take an adapter: {reason}")
             paths = [prefix + name for name in enabled] or [path]
             settings = {(config.rank(path), config.alpha(path)) for path in paths}
             if len(settings) > 1:
@@ -126,8 +177,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
             targets.append(Target(path, module, enabled, *settings.pop()))
     names = {wanted} if isinstance(wanted, str) else set(wanted)
     if names - hit or not (targets or faults):
-        nowhere = sorted(names - hit or names)
-        faults.append(f"target_modules {nowhere} match no linear layer; this model has {', '.join(_names(model))}")
+        faults.append(
+            f"target_modules {sorted(names - hit or names)} match no linear layer, embedding or convolution; this model has "
+            f"{', '.join(_names(model))}"
+        )
     faults += _faults_of_others(model, config, targets)
     if faults:
         raise ValueError("; ".join(faults))
@@ -140,7 +193,11 @@ def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target
     unmatched = sorted(set(config.modules_to_save or []) - named)
     faults = [f"modules_to_save {unmatched} match no module"] if unmatched else []
     start = config.init_lora_weights
-    if start is not True:
+    if config.use_dora or config.lora_bias or start is not True:
+        others = [target.path for target in targets if not isinstance(target.module, nn.Linear)]
+        if others:
+            faults.append(f"use_dora, lora_bias and init_lora_weights are for linear layers, and not for {', '.join(others)}")
+    if start is not True and not faults:
         for target in targets:
             most = min(target.module.in_features, *(stop - start for start, stop in target.slices))
             if target.r > most:
@@ -148,11 +205,30 @@ def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target
     return faults
 
 
+def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Why an adapter around this module would be passed over, or would pass over what the module does."""
+    if not path:
+        return "it is the model itself, and has no place in another module"
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if type(module).forward is not plain_kind(module).forward or "forward" in vars(module):
+        return f"{type(module).__name__} computes in a way of its own"
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return "its weight is computed from other parameters"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "nn.TransformerEncoderLayer reads its weight without calling it, outside training; first call "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+        )
+    return None
+
+
 def _names(model: nn.Module) -> list[str]:
-    """The last names of all linear layers, each with the names of the layers fused in it."""
+    """The last names of all layers that take an adapter, each with the names of the layers fused in it."""
     names = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if plain_kind(module):
             packed = ", ".join(getattr(module, "packed", ()))
             names[path.rpartition(".")[2] + (f" ({packed})" if packed else "")] = None
     return list(names)

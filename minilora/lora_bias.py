@@ -6,7 +6,7 @@ from minilora.layers import MergedLinear, spread
 
 
 class BiasedLinear(MergedLinear):
-    """A linear layer whose adapters have a bias each.
+    """A linear layer whose adapters have a bias each. It cannot be merged: a weight holds no bias.
 
     Parameters:
         lora_A, lora_B as in MergedLinear; lora_bias (outputs of the enabled slices,).
@@ -23,7 +23,7 @@ class BiasedLinear(MergedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         y = super().forward(x)
-        return y if self.merged else y + (self.scaling * self.spread_bias()).to(y.dtype)
+        return y + (self.scaling * self.spread_bias()).to(y.dtype) if self._adds() else y
 
     def spread_bias(self) -> Tensor:
         """b of every output, zero outside the slices, (out_features,)."""

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from minilora.layers import Linear
+from minilora.layers import LoRALayer, adapted_layers
+from minilora.lora_bias import BiasedLinear
 
 
-def _layers(model: nn.Module, merged: bool) -> dict[str, Linear]:
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+def _layers(model: nn.Module, merged: bool) -> dict[str, LoRALayer]:
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapter to merge or unmerge")
     wrong = [path for path, layer in layers.items() if layer.merged != merged]
@@ -28,14 +29,18 @@ def merge(model: nn.Module) -> None:
             not be finite; nothing changes then.
     """
     layers, merged = _layers(model, merged=False), {}
+    biased = [path for path, layer in layers.items() if isinstance(layer, BiasedLinear)]
+    if biased:
+        raise ValueError(f"lora_bias cannot be merged into a weight; it stands in {', '.join(biased)}")
     shared = _shared_weights(model, layers)
     if shared:
         raise ValueError(f"a merged weight must be its layer's alone, and these are one weight: {'; '.join(shared)}")
     for path, layer in layers.items():
         weight, delta = layer.weight.detach().clone(), layer.delta()
         widths = [stop - start for start, stop in layer.slices]
+        rows = weight.T if layer.fan_in_fan_out else weight
         for (start, stop), part in zip(layer.slices, delta.split(widths), strict=True):
-            weight[start:stop] = weight[start:stop].to(part.dtype) + part  # rounded once, here
+            rows[start:stop] = rows[start:stop].to(part.dtype) + part  # rounded once, here
         merged[path] = weight
     infinite = [path for path, weight in merged.items() if not weight.isfinite().all()]
     if infinite:
@@ -44,7 +49,7 @@ def merge(model: nn.Module) -> None:
         layer.base_weight, layer.weight.data, layer.merged = layer.weight.data, merged[path], True
 
 
-def _shared_weights(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
+def _shared_weights(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str]:
     """For each adapted layer whose weight other modules use too, the names of all."""
     owners = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -40,7 +40,7 @@ STARTS = {"pissa": pissa, "olora": olora}
 
 def start_factors(layer: MergedLinear, start: str) -> tuple[Tensor, Tensor]:
     """A₀ and B₀ of all slices of a layer, stacked as lora_A and lora_B are; found in float32."""
-    parts = [layer.weight.detach()[first:last].float() for first, last in layer.slices]
+    parts = [layer.matrix.detach()[first:last].float() for first, last in layer.slices]
     factors = [STARTS[start](part, layer.r, layer.scaling) for part in parts]
     return torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors])
 
@@ -61,8 +61,12 @@ class OffsetLinear(MergedLinear):
     def __init__(self, *args, start: str, **settings):
         self.start = start
         super().__init__(*args, **settings)
+
+    def _adapt(self, *args, start: str | None = None, **settings) -> None:
+        self.start = start or self.start  # around tells it here
+        super()._adapt(*args, **settings)
         if self.lora_dropout:
-            raise ValueError(f"an adapter that starts by {start} must have lora_dropout 0, not {self.lora_dropout}")
+            raise ValueError(f"an adapter that starts by {self.start} must have lora_dropout 0, not {self.lora_dropout}")
 
     def _make_adapter(self, like: Tensor) -> None:
         self.register_buffer("lora_A_start", like.new_empty(len(self.slices) * self.r, self.in_features))
@@ -89,9 +93,9 @@ class OffsetLinear(MergedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.merged:
+        if not self._adds():
             return super().forward(x)
-        return lora_linear(x, self.weight, *self.factors(), self.scaling, self.bias, slices=self.slices)
+        return lora_linear(x, self.matrix, *self.factors(), self.scaling, self.bias, slices=self.slices)
 
 
 def as_saved(config: LoraConfig) -> LoraConfig:

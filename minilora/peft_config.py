@@ -10,8 +10,8 @@ from torch import nn
 
 from minilora.config import LoraConfig
 from minilora.dora import DoraLinear
-from minilora.injection import saved_modules
-from minilora.layers import Linear
+from minilora.injection import plain_kind, saved_modules
+from minilora.layers import LoRALayer
 from minilora.lora_bias import BiasedLinear
 from minilora.offset import STARTS
 
@@ -73,7 +73,7 @@ def read_peft_config(path: Path | str) -> PeftConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def make_peft_config(model: nn.Module, layers: dict[str, Linear], base: str | None) -> dict:
+def make_peft_config(model: nn.Module, layers: dict[str, LoRALayer], base: str | None) -> dict:
     """The content of adapter_config.json for a model's adapted layers, their slices fused.
 
     Raises:
@@ -116,15 +116,15 @@ def _common(**values: set):
     return found.pop()
 
 
-def _key(path: str, layers: dict[str, Linear]) -> str:
+def _key(path: str, layers: dict[str, LoRALayer]) -> str:
     """The pattern for a path alone: PEFT lets a path match the end of another one, which ^ forbids."""
     return f"^{path}" if any(other.endswith(f".{path}") for other in layers) else path
 
 
-def _target_names(model: nn.Module, layers: dict[str, Linear]) -> list[str] | str:
+def _target_names(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str] | str:
     """The adapted layers, and no others, by their last names; else by their paths; else by a pattern for whole paths."""
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    candidates = [path for path, module in model.named_modules() if plain_kind(module)]
     for names in ({path.rpartition(".")[2] for path in layers}, layers.keys()):
-        if {path for path in linears if any(path == name or path.endswith(f".{name}") for name in names)} == layers.keys():
+        if {path for path in candidates if any(path == name or path.endswith(f".{name}") for name in names)} == layers.keys():
             return sorted(names)
     return "|".join(map(re.escape, layers))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from minilora.config import Bias, LoraConfig
 from minilora.injection import saved_modules
-from minilora.layers import Linear
+from minilora.layers import adapted_layers
 
 
 def _chosen(model: nn.Module, bias: Bias | None) -> set[str]:
@@ -20,8 +20,8 @@ def _chosen(model: nn.Module, bias: Bias | None) -> set[str]:
     if bias == "all":
         names |= {name for name in state if "bias" in name}
     if bias == "lora_only":
-        layers = {path for path, module in model.named_modules() if isinstance(module, Linear) and module.bias is not None}
-        names |= {f"{path}.bias".removeprefix(".") for path in layers}
+        layers = adapted_layers(model).items()
+        names |= {f"{path}.bias".removeprefix(".") for path, layer in layers if getattr(layer, "bias", None) is not None}
     return names | {f"{path}.{name}" for path, module in saved_modules(model, config).items() for name in module.state_dict()}
 
 

@@ -42,6 +42,7 @@ WHOLE = {
     "modules to save": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "norm"]},
     "lora_bias": {"target_modules": FUSED, "lora_bias": True},
     "lora_bias and rslora": {"target_modules": ["o_proj", "lm_head"], "lora_bias": True, "use_rslora": True},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"], "rank_pattern": {"embed_tokens": 3}},
     "dora": {"target_modules": FUSED, "use_dora": True},
     "dora and patterns": {"target_modules": FUSED, "use_dora": True, "use_rslora": True, "rank_pattern": {"1.mlp.down_proj": 7}},
 }
@@ -307,6 +308,72 @@ def test_pefts_adapter_of_a_base_without_its_start_becomes_one_of_the_whole_base
     loaded = lora.load_adapter(fresh(), tmp_path / "adapter")
     assert rms_error(loaded(IDS), theirs(IDS).logits) < 1e-5
     assert rms_error(loaded(IDS), fresh()(IDS)) > 0.05
+
+
+# Tied heads
+
+
+@named(
+    "settings",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_tied_heads_travel_both_ways_as_the_same_function(tmp_path, settings):
+    phi3.save(fresh(tie_word_embeddings=True), tmp_path / "base")
+
+    def base():
+        return transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **settings)
+    theirs = peft.get_peft_model(base(), config).eval()
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lora.load_adapter(fresh(tie_word_embeddings=True), tmp_path / "theirs")
+    assert rms_error(ours(IDS), theirs(IDS).logits) < 1e-5
+    lora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert rms_error(again(IDS).logits, ours(IDS)) < 1e-5
+    assert rms_error(ours(IDS), fresh(tie_word_embeddings=True)(IDS)) > 0.05
+    lora.remove(ours)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+# Convolutions
+
+
+class Convolutions(nn.Module):
+    """A net of every kind of convolution, with stride, padding and dilation."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.flat = nn.Conv1d(4, 6, 3, padding=1)
+        self.image = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2))
+        self.volume = nn.Conv3d(2, 4, 2, bias=False)
+
+    def forward(self, flat, image, volume):
+        return torch.cat([self.flat(flat).flatten(), self.image(image).flatten(), self.volume(volume).flatten()])
+
+
+@named("settings", [{}, {"use_rslora": True, "rank_pattern": {"image": 4}, "alpha_pattern": {"volume": 2}}])
+def test_convolutions_travel_both_ways_as_the_same_function(tmp_path, settings):
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": ["flat", "image", "volume"]} | settings
+    x = torch.randn(1, 4, 7), torch.randn(1, 3, 9, 8), torch.randn(1, 2, 4, 5, 3)
+    theirs = peft.get_peft_model(Convolutions(), peft.LoraConfig(**settings))
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lora.load_adapter(Convolutions(), tmp_path / "theirs")
+    assert rms_error(ours(*x), theirs(*x)) < 1e-6
+    assert rms_error(ours(*x), Convolutions()(*x)) > 0.05
+    lora.save_adapter(ours, tmp_path / "ours")
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(Convolutions(), tmp_path / "ours")
+    assert rms_error(again(*x), ours(*x)) < 1e-6
 
 
 # Biases
@@ -691,3 +758,14 @@ def test_a_merged_model_is_refused_until_unmerged(tmp_path):
     assert_refused(model, folder, f"unmerge the model's adapter before loading another: {O_PROJ.format(0)}, {O_PROJ.format(1)}")
     lora.unmerge(model)
     lora.load_adapter(model, folder)
+
+
+def test_convolutions_that_are_not_pefts_are_refused(tmp_path):
+    message = "hold no convolutions with groups or with loralib's factors: load and save 0 with lora_state_dict"
+    grouped = lora.inject(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), lora.LoraConfig(r=2, target_modules=["0"]))
+    for model in (nn.Sequential(lora.Conv2d(3, 4, 3, r=2)), grouped):
+        with pytest.raises(ValueError, match=message):
+            lora.save_adapter(model, tmp_path / "adapter")
+    theirs = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), peft.LoraConfig(r=2, target_modules=["0"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_refused(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), tmp_path / "theirs", message)

@@ -75,7 +75,7 @@ def test_slices_are_so_many_layers_of_their_own():
     x, parts, edges = torch.randn(5, 6), [], [(0, 2), (5, 9)]
     splits = zip(fused.lora_A.chunk(2), fused.lora_B.split([2, 4]), fused.lora_magnitude_vector.split([2, 4]), edges, strict=True)
     for A, B, m, (start, stop) in splits:
-        part = DoraLinear(6, stop - start, r=2, lora_alpha=3)
+        part = DoraLinear(6, stop - start, r=2, lora_alpha=3, enable_lora=[True])
         tensors = {"weight": fused.weight[start:stop], "bias": fused.bias[start:stop], "lora_magnitude_vector": m}
         part.load_state_dict(tensors | {"lora_A": A, "lora_B": B})
         parts.append(part(x))
@@ -85,7 +85,7 @@ def test_slices_are_so_many_layers_of_their_own():
 
 def test_merging_adds_the_magnitudes_too():
     torch.manual_seed(0)
-    model = nn.Sequential(DoraLinear(6, 9, r=2, enable_lora=[True, False, True]))
+    model = nn.Sequential(DoraLinear(6, 9, r=2, lora_alpha=3, enable_lora=[True, False, True]))
     fill(model[0].lora_B, model[0].lora_magnitude_vector)
     x, weight = torch.randn(5, 6), model[0].weight.detach().clone()
     expected = model(x)
@@ -98,7 +98,7 @@ def test_merging_adds_the_magnitudes_too():
 
 def test_a_row_of_zeros_stays_one():
     """Vocabularies are padded with such rows, and 0 / 0 would be NaN."""
-    layer = DoraLinear(4, 3, r=2, bias=False)
+    layer = DoraLinear(4, 3, r=2, enable_lora=[True], bias=False)
     nn.init.zeros_(layer.weight[1].detach())
     layer.reset_lora_parameters()
     y = layer(torch.randn(2, 4))

@@ -1,7 +1,9 @@
+import pytest
 import torch
 from helpers import rms_error
 from torch import nn
 
+import minilora as lora
 from minilora.lora_bias import BiasedLinear
 
 
@@ -17,7 +19,7 @@ def test_the_bias_is_scaled_and_reaches_the_slices_only():
 
 
 def test_the_bias_learns():
-    layer = BiasedLinear(6, 4, r=2, lora_alpha=6)
+    layer = BiasedLinear(6, 4, r=2, lora_alpha=6, enable_lora=[True])
     layer(torch.randn(5, 6)).sum().backward()
     assert torch.equal(layer.lora_bias.grad, torch.full((4,), 15.0))
 
@@ -27,3 +29,9 @@ def test_the_layer_starts_as_the_frozen_one():
     layer = BiasedLinear.around(linear, torch.float32, enable_lora=[True], r=2)
     x = torch.randn(5, 6)
     assert torch.equal(layer(x), linear(x))
+
+
+def test_merging_is_refused_since_a_weight_holds_no_bias():
+    model = nn.Sequential(BiasedLinear(6, 4, r=2, enable_lora=[True]))
+    with pytest.raises(ValueError, match="lora_bias cannot be merged into a weight; it stands in 0"):
+        lora.merge(model)

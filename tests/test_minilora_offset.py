@@ -93,7 +93,7 @@ def test_the_whole_adapter_is_one_pair_of_twice_the_rank(start):
 
 def test_dropout_is_refused():
     with pytest.raises(ValueError, match=r"starts by pissa must have lora_dropout 0, not 0\.1"):
-        OffsetLinear(12, 9, start="pissa", lora_dropout=0.1)
+        OffsetLinear(12, 9, r=2, start="pissa", enable_lora=[True], lora_dropout=0.1)
 
 
 @named("use_rslora", [False, True])
