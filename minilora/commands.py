@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -134,6 +134,9 @@ def merge(args: Namespace) -> None:
     folder = _checkpoint(args, phi3.CHECKPOINT_FILES)
     model = lora.load_adapter(phi3.load(folder), args.adapter)
     lora.merge(model)
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        model.config = replace(model.config, tie_word_embeddings=False)
+        print("the adapter was trained with head and embedding apart, and they are saved so")
     phi3.save(model, args.output, tokenizer_from=folder)
     print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}")
 

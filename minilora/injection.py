@@ -60,14 +60,23 @@ class Target:
 
     def _splits(self) -> dict[str, list]:
         if not self.enabled:
-            return {"enable_lora": [True], "out_splits": [len(self.module.weight)]}
+            return {"enable_lora": [True], "out_splits": [getattr(self.module, "out_features", len(self.module.weight))]}
         packed = self.module.packed
         return {"enable_lora": [name in self.enabled for name in packed], "out_splits": list(packed.values())}
 
 
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:
     """The kind of layer that a module is, among those that take an adapter."""
-    return next((kind for kind in KINDS if isinstance(module, kind)), None)
+    return next((kind for kind in KINDS if isinstance(as_linear(module), kind)), None)
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """GPT-2's Conv1D, a linear layer that stores its weight as (in, out), as nn.Linear with the same parameters; others as is."""
+    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        return module
+    linear = nn.Linear.__new__(nn.Linear)
+    vars(linear).update(vars(module), in_features=module.nx, out_features=module.nf, fan_in_fan_out=True)
+    return linear
 
 
 def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32) -> nn.Module:
@@ -96,15 +105,14 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
 def replacements(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     """What inject would put into the model, by path: layers with adapters, and copies of the modules to save."""
     modules = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
-    for path, module in saved_modules(model, config).items():
-        modules[path] = copy.deepcopy(module)
-        modules[path].original = (module,)
-    return modules
+    return modules | {path: copy.deepcopy(module) for path, module in saved_modules(model, config).items()}
 
 
 def install(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> nn.Module:
-    """Puts replacements in their places."""
-    _replace(model, {model.get_submodule(path): module for path, module in modules.items()})
+    """Puts replacements in their places; each keeps what it replaces for remove."""
+    for path, module in modules.items():
+        module.original = (model.get_submodule(path),)  # in a tuple, so that it is no submodule
+    _replace(model, {module.original[0]: module for module in modules.values()})
     model.lora_config = config
     return model
 
@@ -174,7 +182,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
                 faults.append(
                     f"the slices {', '.join(enabled)} of {path} must share one r and lora_alpha, not {sorted(settings)}"
                 )
-            targets.append(Target(path, module, enabled, *settings.pop()))
+            targets.append(Target(path, as_linear(module), enabled, *settings.pop()))
     names = {wanted} if isinstance(wanted, str) else set(wanted)
     if names - hit or not (targets or faults):
         faults.append(
@@ -210,7 +218,7 @@ def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
     if not path:
         return "it is the model itself, and has no place in another module"
     parent = model.get_submodule(path.rpartition(".")[0])
-    if type(module).forward is not plain_kind(module).forward or "forward" in vars(module):
+    if type(as_linear(module)).forward is not plain_kind(module).forward or "forward" in vars(module):
         return f"{type(module).__name__} computes in a way of its own"
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return "its weight is computed from other parameters"

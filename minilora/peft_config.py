@@ -16,10 +16,10 @@ from minilora.lora_bias import BiasedLinear
 from minilora.offset import STARTS
 
 CONFIG = "adapter_config.json"
-# Keys that say nothing about what a trained adapter computes.
+# Keys that say nothing about what a trained adapter computes; for fan_in_fan_out PEFT too goes by the kind of the layer.
 WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "megatron_core", "minilora", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_lora_weights", "megatron_core",
+    "minilora", "peft_type", "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def make_peft_config(model: nn.Module, layers: dict[str, LoRALayer], base: str |
         "inference_mode": True,
         "init_lora_weights": True,
         "bias": config.bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "modules_to_save": sorted(saved_modules(model, config)) or None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import re
@@ -376,6 +377,34 @@ def test_convolutions_travel_both_ways_as_the_same_function(tmp_path, settings):
     assert rms_error(again(*x), ours(*x)) < 1e-6
 
 
+# Weights stored as (in, out)
+
+
+@named("settings", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_gpt2s_transposed_layers_travel_both_ways_as_the_same_function(tmp_path, settings):
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    base, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(14).view(2, 7)
+    before = base(ids).logits
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "c_fc"]} | settings
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / CONFIG).read_text())["fan_in_fan_out"] is True
+    ours = lora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert rms_error(ours(ids).logits, theirs(ids).logits) < 1e-5
+    assert rms_error(ours(ids).logits, before) > 0.05
+    lora.save_adapter(ours, tmp_path / "ours")
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert rms_error(again(ids).logits, ours(ids).logits) < 1e-5
+    if not settings.get("lora_bias"):
+        expected = ours(ids).logits
+        lora.merge(ours)
+        assert rms_error(ours(ids).logits, expected) < 1e-5
+        lora.unmerge(ours)
+    assert torch.equal(lora.remove(ours)(ids).logits, before)
+
+
 # Biases
 
 
@@ -614,7 +643,6 @@ def assert_refused(model, folder, *messages, error=ValueError):
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "eva"),
-        ("fan_in_fan_out", True),
         ("ensure_weight_tying", True),
         ("layer_replication", [[0, 1]]),
         ("target_parameters", ["weight"]),

@@ -162,6 +162,20 @@ def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(train
     assert phi3.load_tokenizer(tmp_path / "merged").encode("abc") == phi3.load_tokenizer(tiny_checkpoint).encode("abc")
 
 
+def test_merge_saves_a_head_that_was_trained_apart_from_its_embedding(tmp_path, capsys):
+    def base():
+        return tiny_model(tiny_config(tie_word_embeddings=True))
+
+    phi3.save(base(), tmp_path / "base")
+    model = lora.inject(base(), lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]))
+    torch.nn.init.normal_(model.lm_head.weight)
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert "head and embedding apart" in capsys.readouterr().out
+    ids = torch.arange(40).view(2, 20)
+    assert (phi3.load(tmp_path / "merged")(ids) - model(ids)).abs().max() < 1e-5
+
+
 def test_merge_refuses_a_folder_that_holds_files(trained, tiny_checkpoint, capsys):
     argv = ["merge", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--output", tiny_checkpoint]
     assert main([str(arg) for arg in argv]) == 2
