@@ -325,8 +325,9 @@ def _subtract_start(tensors: dict[str, Tensor], model: nn.Module, config: LoraCo
     PEFT saves PiSSA and OLoRA so, and finds the start again too.
     """
     for target in find_targets(model, config):
-        factor = scaling(target.r, target.lora_alpha, config.use_rslora)
-        start = STARTS[config.init_lora_weights](target.module.weight.detach().float(), target.r, factor)
+        factor, weight = scaling(target.r, target.lora_alpha, config.use_rslora), target.module.weight.detach().float()
+        matrix = weight.T if getattr(target.module, "fan_in_fan_out", False) else weight
+        start = STARTS[config.init_lora_weights](matrix, target.r, factor)
         for key, part, axis in (("lora_A.weight", start[0], 0), ("lora_B.weight", -start[1], 1)):
             name = f"{target.path}.{key}"
             if name in tensors and tensors[name].shape == part.shape:

@@ -78,6 +78,6 @@ def _misplaced(inspection: Inspection, model: nn.Module) -> list[str]:
         weight = weights.get(f"{path}.weight")
         if weight is None:
             faults.append(f"{path} is not in the model")
-        elif A is not None and weight.shape != (len(B), A.shape[1]):
+        elif A is not None and A.ndim == 2 and set(weight.shape) != {len(B), A.shape[1]}:  # either way round, as GPT-2's lie
             faults.append(f"{path}.weight must have shape {(len(B), A.shape[1])}, not {tuple(weight.shape)}")
     return faults

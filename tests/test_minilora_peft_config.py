@@ -1,13 +1,14 @@
 """What adapter_config.json says; tests/test_minilora_adapter.py holds both files to PEFT."""
 
 import json
+from dataclasses import fields
 
 import peft
 import pytest
 from torch import nn
 
 import minilora as lora
-from minilora.peft_config import CONFIG, make_peft_config, read_peft_config
+from minilora.peft_config import CONFIG, WITHOUT_EFFECT, make_peft_config, read_peft_config
 
 
 def written(folder, **settings):
@@ -68,3 +69,18 @@ def test_only_a_model_with_a_vocabulary_head_is_called_a_language_model(model):
     (path,) = (path for path, module in model.named_modules() if isinstance(module, lora.Linear))
     task = make_peft_config(model, {path: model.get_submodule(path)}, None)["task_type"]
     assert task == ("CAUSAL_LM" if path == "lm_head" else None)
+
+
+READ = {field.name for field in fields(lora.LoraConfig)} | WITHOUT_EFFECT
+
+
+@pytest.mark.parametrize("name", sorted({field.name for field in fields(peft.LoraConfig)} - READ))
+def test_every_other_field_of_peft_is_refused_by_name(tmp_path, name):
+    with pytest.raises(ValueError, match=f"asks for what is not supported: {name} = "):
+        read_peft_config(written(tmp_path, **{name: {"a": 1}}))
+
+
+@pytest.mark.parametrize("start", ["loftq", "pissa_niter_4", "corda", "eva", "lora_ga", "mica"])
+def test_a_start_that_changes_the_base_and_cannot_be_found_again_is_refused_by_name(tmp_path, start):
+    with pytest.raises(ValueError, match=f"asks for what is not supported: init_lora_weights = '{start}'"):
+        read_peft_config(written(tmp_path, init_lora_weights=start))
