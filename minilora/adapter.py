@@ -1,7 +1,7 @@
 """Adapters on disk, as PEFT, transformers and vLLM read them: adapter_config.json and adapter_model.safetensors.
 
-A layer adapted by slices is written as one exact pair for the fused layer, which is all that those programs know:
-A_g stacked to (G·r, in), B_g as blocks of (out, G·r), zero elsewhere, and alpha so that the scaling stays the same.
+A layer adapted by slices is written as one exact pair for the fused layer, which is all that those programs know
+(minilora.peft_tensors), with alpha so that the scaling stays the same.
 The metadata of the tensors, which other programs skip, says which slices they were, and load_adapter returns them.
 """
 
@@ -17,15 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.config import LoraConfig, scaling
-from minilora.dora import DoraLinear
-from minilora.embedding import Embedding
 from minilora.files import replaced_folder
 from minilora.injection import find_targets, install, replacements, saved_modules
-from minilora.kernels.lora_linear import Slices
-from minilora.layers import Linear, LoRALayer, adapted_layers, spread
-from minilora.lora_bias import BiasedLinear
+from minilora.layers import LoRALayer, adapted_layers
 from minilora.offset import STARTS, as_saved
 from minilora.peft_config import CONFIG, PeftConfig, make_peft_config, read_peft_config
+from minilora.peft_tensors import by_slices, faults_outside_slices, from_disk, on_disk, refuse_convolutions
 
 TENSORS, PREFIX, OURS = "adapter_model.safetensors", "base_model.model.", "minilora"
 
@@ -48,10 +45,10 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
     layers, config = adapted_layers(model), getattr(model, "lora_config", LoraConfig())
     if not layers:
         raise ValueError("the model has no adapter to save")
-    _refuse_convolutions(layers)
-    tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in _on_disk(layer).items()}
+    refuse_convolutions(layers)
+    tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in on_disk(layer).items()}
     tensors |= _others(model, layers, saved_modules(model, config), config)
-    sliced = hasattr(model, "lora_config") and any(map(_by_slices, layers.values()))
+    sliced = hasattr(model, "lora_config") and any(map(by_slices, layers.values()))
     # One key only: safetensors writes several in an order of chance, and the same adapter shall be the same file.
     metadata = {OURS: json.dumps(asdict(as_saved(config) if config.init_lora_weights in STARTS else config))}
     write_adapter(path, make_peft_config(model, layers, base), tensors, metadata if sliced else {"format": "pt"})
@@ -79,81 +76,6 @@ def check_replaceable(path: Path | str) -> None:
     others = [file.name for file in Path(path).iterdir() if file.name not in (CONFIG, TENSORS)] if Path(path).exists() else []
     if others:
         raise FileExistsError(f"{path} must be new, empty or an earlier adapter; it holds {', '.join(sorted(others))}")
-
-
-# A layer's adapter as it lies on disk, and what else is trained
-
-
-def _on_disk(layer: LoRALayer) -> dict[str, Tensor]:
-    """A layer's adapter by PEFT's names and in its shapes, slices fused."""
-    A, B = (factor.detach() for factor in layer.factors())
-    if isinstance(layer, Embedding):
-        return {"lora_embedding_A": A, "lora_embedding_B": B}
-    if not isinstance(layer, Linear):  # a convolution into r channels, and a pointwise one out of them
-        return {
-            "lora_A.weight": A.view(-1, *layer.weight.shape[1:]),
-            "lora_B.weight": B.view(*B.shape, *[1] * (layer.weight.ndim - 2)),
-        }
-    tensors = {"lora_A.weight": A, "lora_B.weight": _fuse(B, layer.slices, layer.out_features)}
-    if isinstance(layer, DoraLinear):
-        tensors["lora_magnitude_vector"] = layer.magnitudes()
-    if isinstance(layer, BiasedLinear):
-        tensors["lora_B.bias"] = layer.spread_bias().detach()
-    return tensors
-
-
-def _from_disk(layer: LoRALayer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of _on_disk, in place."""
-    if isinstance(layer, Embedding):
-        layer.set_factors(tensors["lora_embedding_A"], tensors["lora_embedding_B"])
-        return
-    if not isinstance(layer, Linear):
-        layer.set_factors(tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1))
-        return
-    layer.set_factors(tensors["lora_A.weight"], _split(tensors["lora_B.weight"], layer.slices))
-    if isinstance(layer, DoraLinear):
-        layer.lora_magnitude_vector.copy_(_rows(tensors["lora_magnitude_vector"], layer.slices))
-    if isinstance(layer, BiasedLinear):
-        layer.lora_bias.copy_(_rows(tensors["lora_B.bias"], layer.slices))
-
-
-def _refuse_convolutions(layers: dict[str, LoRALayer]) -> None:
-    """Raises for convolutions that PEFT's two, one into r channels and a pointwise one out of them, cannot be.
-
-    loralib's factors run over parts of the kernel. With groups PEFT's first one still sees all channels, and no kernel of the
-    frozen layer's shape does the same.
-    """
-    convolutions = {path: layer for path, layer in layers.items() if not isinstance(layer, Linear | Embedding)}
-    others = [path for path, layer in convolutions.items() if not layer.original or layer.groups > 1]
-    if others:
-        raise ValueError(
-            "adapter files hold no convolutions with groups or with loralib's factors: load and save "
-            f"{', '.join(others)} with lora_state_dict"
-        )
-
-
-def _by_slices(layer: LoRALayer) -> bool:
-    return isinstance(layer, Linear) and layer.slices != ((0, layer.out_features),)
-
-
-def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
-    """B of the slices (their width, r) as one block matrix (out_features, G·r), zero outside the blocks."""
-    fused = lora_B.new_zeros(out_features, len(slices) * lora_B.shape[1])
-    blocks = lora_B.split([stop - start for start, stop in slices])
-    for (start, stop), columns, block in zip(slices, fused.chunk(len(slices), dim=1), blocks, strict=True):
-        columns[start:stop] = block
-    return fused
-
-
-def _split(fused: Tensor, slices: Slices) -> Tensor:
-    """The inverse of _fuse."""
-    columns = fused.chunk(len(slices), dim=1)
-    return torch.cat([columns_g[start:stop] for (start, stop), columns_g in zip(slices, columns, strict=True)])
-
-
-def _rows(values: Tensor, slices: Slices) -> Tensor:
-    """The values of the slices' rows: the inverse of spread."""
-    return torch.cat([values[start:stop] for start, stop in slices])
 
 
 def _others(model: nn.Module, layers: dict, saved: dict[str, nn.Module], config: LoraConfig) -> dict[str, Tensor]:
@@ -241,7 +163,7 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
         raise ValueError(f"the adapter in {path} does not fit the model:\n  " + "\n  ".join(plan.faults))
     with torch.no_grad():
         for name, layer in plan.layers.items():
-            _from_disk(layer, {key: tensors[f"{name}.{key}"] for key in _on_disk(layer)})
+            from_disk(layer, {key: tensors[f"{name}.{key}"] for key in on_disk(layer)})
         for name, place in plan.others.items():
             place.copy_(tensors[name])
     return install(model, config, plan.new) if plan.new else model
@@ -273,17 +195,30 @@ def plan_loading(
     if not layers:
         new = replacements(model, config, dtype)
         layers = {path: module for path, module in new.items() if isinstance(module, LoRALayer)}
-    _refuse_convolutions(layers)
+    refuse_convolutions(layers)
     made = getattr(model, "lora_config", config)
     saved = {path: new.get(path, module) for path, module in saved_modules(model, made).items()}
     others = _others(model, layers, saved, made)
-    expected = {f"{path}.{key}": tensor.shape for path, layer in layers.items() for key, tensor in _on_disk(layer).items()}
+    expected = {f"{path}.{key}": tensor.shape for path, layer in layers.items() for key, tensor in on_disk(layer).items()}
     expected |= {name: tensor.shape for name, tensor in others.items()}
     # What PEFT writes besides: a frozen head with its adapter, and with bias = "all" those of modules saved whole thrice.
     frozen = {f"{path}.base_layer.weight": layer.weight for path, layer in layers.items()}
     again = {f"{path}.{where}.bias" for path in saved for where in ("modules_to_save", "original_module")}
     faults = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     faults += [f"{name} is not part of the adapted model" for name in tensors.keys() - expected.keys() - frozen.keys() - again]
+    faults += _wrong_values(expected, frozen, tensors)
+    for path, layer in layers.items():
+        stored = scaling(fused.rank(path), fused.alpha(path), fused.use_rslora)
+        if not math.isclose(stored, layer.scaling):
+            faults.append(f"{path} is scaled by {stored} in the file and by {layer.scaling} in the model")
+    if not faults:
+        faults = [fault for path, layer in layers.items() for fault in faults_outside_slices(path, layer, tensors)]
+    return LoadingPlan(new, layers, others, sorted(faults))
+
+
+def _wrong_values(expected: dict[str, torch.Size], frozen: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    """Tensors that are misshapen or not finite, and frozen weights that are not the model's."""
+    faults = []
     for name in expected.keys() & tensors.keys():
         if tensors[name].shape != expected[name]:
             faults.append(f"{name} must have shape {tuple(expected[name])}, not {tuple(tensors[name].shape)}")
@@ -293,30 +228,7 @@ def plan_loading(
         weight = frozen[name]
         if not weight.is_meta and not torch.equal(tensors[name].to(weight), weight):
             faults.append(f"the adapter was trained with another {name.replace('.base_layer', '')} than the model's")
-    for path, layer in layers.items():
-        stored = scaling(fused.rank(path), fused.alpha(path), fused.use_rslora)
-        if not math.isclose(stored, layer.scaling):
-            faults.append(f"{path} is scaled by {stored} in the file and by {layer.scaling} in the model")
-    if not faults:
-        for path, layer in layers.items():
-            faults += _faults_outside_slices(path, layer, tensors)
-    return LoadingPlan(new, layers, others, sorted(faults))
-
-
-def _faults_outside_slices(path: str, layer: LoRALayer, tensors: dict[str, Tensor]) -> list[str]:
-    """What the file changes in rows that the model's adapter, by slices, leaves alone."""
-    if not _by_slices(layer):
-        return []
-    expected = {"lora_B.weight": lambda B: _fuse(_split(B, layer.slices), layer.slices, layer.out_features)}
-    if isinstance(layer, DoraLinear) and not layer.weight.is_meta:
-        expected["lora_magnitude_vector"] = lambda m: spread(_rows(m, layer.slices), layer.slices, layer.magnitudes())
-    if isinstance(layer, BiasedLinear):
-        expected["lora_B.bias"] = lambda b: spread(_rows(b, layer.slices), layer.slices, torch.zeros_like(b))
-    return [
-        f"{path}.{key} reaches outputs that the model's adapter, by slices, does not adapt"
-        for key, within in expected.items()
-        if not torch.allclose(within(tensors[f"{path}.{key}"]), tensors[f"{path}.{key}"], rtol=1e-5, atol=0)
-    ]
+    return faults
 
 
 def _subtract_start(tensors: dict[str, Tensor], model: nn.Module, config: LoraConfig) -> None:
