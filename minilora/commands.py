@@ -263,7 +263,11 @@ def describe_adapter(model: phi3.Phi3ForCausalLM, config: LoraConfig) -> str:
 
 def _settings(config: LoraConfig) -> str:
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
-    return f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} on {targets}"
+    variants = [name for name in ("use_rslora", "use_dora", "lora_bias") if getattr(config, name)]
+    variants += [config.init_lora_weights] if config.init_lora_weights is not True else []
+    variants += [f"biases: {config.bias}"] if config.bias != "none" else []
+    variants += [f"trained whole: {name}" for name in config.modules_to_save or []]
+    return ", ".join([f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} on {targets}", *variants])
 
 
 def _dtype_of(model: phi3.Phi3ForCausalLM) -> str:

@@ -2,11 +2,11 @@
 
     y = m ⊙ (W + s B A) x / ‖W + s B A‖ + bias        norm of each row, (N,); m starts at ‖W‖
 
-The norm is a constant to the gradient (§4.3 there), and comes without a dense W + s B A, from products of rank r:
+The norm is a constant to the gradient (§4.3 there, as in PEFT), and comes without a dense W + s B A, from products of rank r:
 
     ‖W_i + s B_i A‖² = ‖W_i‖² + 2 s B_i · (W_i Aᵀ) + s² B_i (A Aᵀ) B_iᵀ
 
-Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5, 11.
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5, §4.3.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""LoRA+: B learns faster than A, since it starts at zero and A's width makes its gradient the larger one.
+"""LoRA+: B learns faster than A. In wide layers one rate for both is too small for B, or too large for A.
 
-Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", §4.
+Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
 """
 
 from torch import nn

@@ -29,7 +29,7 @@ def pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
 def olora(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A₀ (r, in), B₀ (out, r) from W = Q R: r rows of R, and r orthonormal columns of Q.
 
-    Source: Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", algorithm 1.
+    Source: Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models".
     """
     Q, R = torch.linalg.qr(weight)
     return R[:r], Q[:, :r]

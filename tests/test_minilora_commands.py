@@ -222,6 +222,11 @@ def test_info_tells_all_misfits_of_a_base_at_once(trained, tmp_path, capsys):
     assert "model.layers.1.self_attn.qkv_proj.lora_A.weight is not part of the adapted model" in said
 
 
+def test_variants_are_told(tiny_checkpoint, capsys):
+    run("info", tiny_checkpoint, "--set", "peft.use_dora=true", "--set", 'peft.modules_to_save=["lm_head"]', "--set", "peft.r=4")
+    assert "on all-linear, use_dora, trained whole: lm_head would train" in capsys.readouterr().out
+
+
 def test_info_of_a_checkpoint_has_no_base(tiny_checkpoint, capsys):
     assert main(["info", str(tiny_checkpoint), "--model", str(tiny_checkpoint)]) == 2
     assert "--model is the base for an adapter" in capsys.readouterr().err
