@@ -142,12 +142,13 @@ def remove(model: nn.Module) -> nn.Module:
     faults += [f"{path} was made with its adapter, not by inject" for path, layer in layers.items() if not layer.original]
     if faults:
         raise ValueError("; ".join(faults))
-    for layer in layers.values():
-        for name, _ in list(layer.original[0].named_parameters()):
-            setattr(layer.original[0], name, getattr(layer, name))  # to_empty and sharding give a layer new parameters
-        layer.original[0].train(layer.training)
-    copies = saved_modules(model, getattr(model, "lora_config", LoraConfig()))
-    _replace(model, {module: module.original[0] for module in [*layers.values(), *copies.values()]})
+    originals = {layer: layer.original[0] for layer in layers.values()}
+    for layer, original in originals.items():
+        for name, _ in list(original.named_parameters()):
+            setattr(original, name, getattr(layer, name))  # to_empty and sharding give a layer new parameters
+        original.train(layer.training)
+    copies = saved_modules(model, getattr(model, "lora_config", LoraConfig())).values()
+    _replace(model, originals | {module: module.original[0] for module in copies})
     vars(model).pop("lora_config", None)
     return model
 

@@ -113,6 +113,7 @@ def assert_refused_unchanged(model, config, *messages):
         ["o_proj"],
         FUSED,
         ["lm_head"],
+        ["embed_tokens", "o_proj"],
         ["model.layers.0.mlp.down_proj"],
         ["1.self_attn.o_proj", "mlp.gate_up_proj"],
         r".*\.1\..*_proj",
