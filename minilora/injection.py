@@ -4,7 +4,7 @@ A layer with an attribute `packed`, a dict of names to rows, is several layers f
 and v_proj); each of those names is a target too, and gives its own rows an adapter of their own.
 """
 
-import re
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,13 @@ from torch import nn
 
 from minilora.config import LoraConfig
 from minilora.convolution import Conv1d, Conv2d, Conv3d
+from minilora.dora import DoraLinear
 from minilora.embedding import Embedding
 from minilora.kernels.lora_linear import Slices
 from minilora.layers import Linear, LoRALayer, MergedLinear, adapted_layers, enabled_slices
+from minilora.lora_bias import BiasedLinear
+from minilora.matching import hits, meant, saved_whole
+from minilora.offset import OffsetLinear
 
 KINDS = {nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
@@ -38,6 +42,13 @@ class Target:
             "use_rslora": config.use_rslora,
         }
         dtype = dtype or self.module.weight.dtype
+        if config.use_dora:
+            return DoraLinear.around(self.module, dtype, device, **self._splits(), **settings)
+        if config.lora_bias:
+            return BiasedLinear.around(self.module, dtype, device, **self._splits(), **settings)
+        if config.init_lora_weights is not True:
+            settings["start"] = config.init_lora_weights
+            return OffsetLinear.around(self.module, dtype, device, **self._splits(), **settings)
         if self.enabled:
             return MergedLinear.around(self.module, dtype, device, **self._splits(), **settings)
         return KINDS[plain_kind(self.module)].around(self.module, dtype, device, **settings)
@@ -45,22 +56,27 @@ class Target:
     @property
     def slices(self) -> Slices:
         """(start, stop) of the rows of the weight that each adapter adds to."""
-        return enabled_slices(**self._splits()) if self.enabled else ((0, len(self.module.weight)),)
+        return enabled_slices(**self._splits())
 
     def _splits(self) -> dict[str, list]:
+        if not self.enabled:
+            return {"enable_lora": [True], "out_splits": [getattr(self.module, "out_features", len(self.module.weight))]}
         packed = self.module.packed
         return {"enable_lora": [name in self.enabled for name in packed], "out_splits": list(packed.values())}
-
-    @property
-    def parameters(self) -> int:
-        """How many an adapter of this layer trains."""
-        layer = self.layer(LoraConfig(), None, device="meta")
-        return layer.lora_A.numel() + layer.lora_B.numel()
 
 
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:
     """The kind of layer that a module is, among those that take an adapter."""
-    return next((kind for kind in KINDS if isinstance(module, kind)), None)
+    return next((kind for kind in KINDS if isinstance(as_linear(module), kind)), None)
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """GPT-2's Conv1D, a linear layer that stores its weight as (in, out), as nn.Linear with the same parameters; others as is."""
+    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        return module
+    linear = nn.Linear.__new__(nn.Linear)
+    vars(linear).update(vars(module), in_features=module.nx, out_features=module.nf, fan_in_fan_out=True)
+    return linear
 
 
 def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32) -> nn.Module:
@@ -68,7 +84,8 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
 
     Names match by PEFT's rules: an entry of a list is a module's path or the end of one after a dot; a string is a regular
     expression for whole paths, or "all-linear". The model's own parameters stay the same objects under the same names; what is
-    trained is decided by mark_only_lora_as_trainable. remove undoes it.
+    trained is decided by mark_only_lora_as_trainable. Modules to save are replaced by copies; a copied head that was tied to the
+    embedding no longer is. remove undoes it all.
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
@@ -82,16 +99,37 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
     """
     if adapted_layers(model):
         raise ValueError("this model has adapters already: load it anew to inject others")
-    layers = {target.module: target.layer(config, dtype) for target in find_targets(model, config)}
-    _replace(model, layers)
+    return install(model, config, replacements(model, config, dtype))
+
+
+def replacements(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> dict[str, nn.Module]:
+    """What inject would put into the model, by path: layers with adapters, and copies of the modules to save."""
+    modules = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
+    return modules | {path: copy.deepcopy(module) for path, module in saved_modules(model, config).items()}
+
+
+def install(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> nn.Module:
+    """Puts replacements in their places; each keeps what it replaces for remove."""
+    for path, module in modules.items():
+        module.original = (model.get_submodule(path),)  # in a tuple, so that it is no submodule
+    _replace(model, {module.original[0]: module for module in modules.values()})
     model.lora_config = config
     return model
+
+
+def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that config.modules_to_save names, the outermost of nested ones."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and saved_whole(path, config) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return found
 
 
 def remove(model: nn.Module) -> nn.Module:
     """Puts the modules that inject replaced back in their places, the same objects with the same parameters; returns the model.
 
-    Parameters that were frozen stay so.
+    Parameters that were frozen stay so; biases that were trained in place stay trained.
 
     Raises:
         ValueError: the model has no adapter, one is merged into its weight, or a layer was made with its adapter, so that there
@@ -109,7 +147,8 @@ def remove(model: nn.Module) -> nn.Module:
         for name, _ in list(original.named_parameters()):
             setattr(original, name, getattr(layer, name))  # to_empty and sharding give a layer new parameters
         original.train(layer.training)
-    _replace(model, originals)
+    copies = saved_modules(model, getattr(model, "lora_config", LoraConfig())).values()
+    _replace(model, originals | {module: module.original[0] for module in copies})
     vars(model).pop("lora_config", None)
     return model
 
@@ -128,12 +167,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
         kind = plain_kind(module)
         if kind is None or (wanted == "all-linear" and kind is not nn.Linear):
             continue
-        whole = _matches(path, wanted, hit)
-        prefix = path[: path.rfind(".") + 1]
-        if whole and isinstance(wanted, str):
-            enabled = ()  # a pattern that fits the layer means the layer, though it may fit the slices too
-        else:
-            enabled = tuple(name for name in getattr(module, "packed", ()) if _matches(prefix + name, wanted, hit))
+        whole, prefix = meant(path, config), path[: path.rfind(".") + 1]
+        # A pattern that fits the layer means the layer, though it may fit the slices too.
+        packed = () if whole and isinstance(wanted, str) else getattr(module, "packed", ())
+        enabled = tuple(name for name in packed if meant(prefix + name, config))
+        hit |= hits(path, config).union(*(hits(prefix + name, config) for name in packed))
         if whole and enabled:
             faults.append(f"{path} is named whole and by its slices {', '.join(enabled)}: name one or the other")
         elif whole or enabled:
@@ -145,16 +183,35 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
                 faults.append(
                     f"the slices {', '.join(enabled)} of {path} must share one r and lora_alpha, not {sorted(settings)}"
                 )
-            targets.append(Target(path, module, enabled, *settings.pop()))
-    unmatched = {wanted} - hit if isinstance(wanted, str) else set(wanted) - hit
-    if unmatched:
+            targets.append(Target(path, as_linear(module), enabled, *settings.pop()))
+    names = {wanted} if isinstance(wanted, str) else set(wanted)
+    if names - hit or not (targets or faults):
         faults.append(
-            f"target_modules {sorted(unmatched)} match no linear layer, embedding or convolution; this model has "
+            f"target_modules {sorted(names - hit or names)} match no linear layer, embedding or convolution; this model has "
             f"{', '.join(_names(model))}"
         )
+    faults += _faults_of_others(model, config, targets)
     if faults:
         raise ValueError("; ".join(faults))
     return targets
+
+
+def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target]) -> list[str]:
+    """What is wrong with modules_to_save, and with ranks that a start from the weight cannot have."""
+    named = set().union(*(saved_whole(path, config) for path, _ in model.named_modules(remove_duplicate=False)))
+    unmatched = sorted(set(config.modules_to_save or []) - named)
+    faults = [f"modules_to_save {unmatched} match no module"] if unmatched else []
+    start = config.init_lora_weights
+    if config.use_dora or config.lora_bias or start is not True:
+        others = [target.path for target in targets if not isinstance(target.module, nn.Linear)]
+        if others:
+            faults.append(f"use_dora, lora_bias and init_lora_weights are for linear layers, and not for {', '.join(others)}")
+    if start is not True and not faults:
+        for target in targets:
+            most = min(target.module.in_features, *(stop - start for start, stop in target.slices))
+            if target.r > most:
+                faults.append(f"{target.path} starts by {start} and must have r of at most {most}, not {target.r}")
+    return faults
 
 
 def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
@@ -162,7 +219,7 @@ def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
     if not path:
         return "it is the model itself, and has no place in another module"
     parent = model.get_submodule(path.rpartition(".")[0])
-    if type(module).forward is not plain_kind(module).forward or "forward" in vars(module):
+    if type(as_linear(module)).forward is not plain_kind(module).forward or "forward" in vars(module):
         return f"{type(module).__name__} computes in a way of its own"
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return "its weight is computed from other parameters"
@@ -174,18 +231,6 @@ def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
             "torch.backends.mha.set_fastpath_enabled(False)"
         )
     return None
-
-
-def _matches(path: str, wanted: list[str] | str, hit: set[str]) -> bool:
-    """Whether a module's path is wanted; adds to hit the entries that say so."""
-    if wanted == "all-linear":
-        matching = {wanted} if path.rpartition(".")[2] != "lm_head" else set()  # PEFT's rule: every linear but the head
-    elif isinstance(wanted, str):
-        matching = {wanted} if re.fullmatch(wanted, path) else set()
-    else:
-        matching = {name for name in wanted if path == name or path.endswith("." + name)}
-    hit |= matching
-    return bool(matching)
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -27,6 +27,12 @@ def enabled_slices(enable_lora: list[bool], out_splits: list[int]) -> Slices:
     return tuple(edge for edge, enabled in zip(edges, enable_lora, strict=True) if enabled)
 
 
+def spread(values: Tensor, slices: Slices, elsewhere: Tensor) -> Tensor:
+    """One value for each output of a layer: those of the slices in their order, and between them those of elsewhere (N,)."""
+    rows = torch.cat([torch.arange(start, stop, device=values.device) for start, stop in slices])
+    return elsewhere.to(values.dtype).index_put((rows,), values)
+
+
 class LoRALayer:
     """What an adapter adds to the plain layer that a class inherits from next: settings and two parameters.
 
@@ -92,6 +98,15 @@ class LoRALayer:
         """lora_A as nn.Linear starts its weight, which is PEFT's and loralib's start; lora_B zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update, of the shapes of lora_A and lora_B with as many ranks as it takes."""
+        return self.lora_A, self.lora_B
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Takes over what factors gives."""
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
 
     def _adds(self) -> bool:
         """Whether forward adds an adapter: there is one, and the weight does not hold it already."""
@@ -165,8 +180,9 @@ class Linear(LoRALayer, nn.Linear):
     def delta(self) -> Tensor:
         """What the adapters add to each slice of the matrix, (width of the slices, in_features), in float32 or better."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.factors()
         widths = [stop - start for start, stop in self.slices]
-        pairs = zip(self.lora_B.to(dtype).split(widths), self.lora_A.to(dtype).chunk(len(widths)), strict=True)
+        pairs = zip(B.to(dtype).split(widths), A.to(dtype).chunk(len(widths)), strict=True)
         return torch.cat([self.scaling * (B_g @ A_g) for B_g, A_g in pairs])
 
 

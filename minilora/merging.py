@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from minilora.layers import LoRALayer, adapted_layers
+from minilora.lora_bias import BiasedLinear
 
 
 def _layers(model: nn.Module, merged: bool) -> dict[str, LoRALayer]:
@@ -28,6 +29,9 @@ def merge(model: nn.Module) -> None:
             not be finite; nothing changes then.
     """
     layers, merged = _layers(model, merged=False), {}
+    biased = [path for path, layer in layers.items() if isinstance(layer, BiasedLinear)]
+    if biased:
+        raise ValueError(f"lora_bias cannot be merged into a weight; it stands in {', '.join(biased)}")
     shared = _shared_weights(model, layers)
     if shared:
         raise ValueError(f"a merged weight must be its layer's alone, and these are one weight: {'; '.join(shared)}")

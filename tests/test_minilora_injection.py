@@ -11,10 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import minilora as lora
-from minilora.injection import find_targets
+from minilora.dora import DoraLinear
+from minilora.lora_bias import BiasedLinear
+from minilora.offset import OffsetLinear
 from minilora.phi3 import Phi3Config, Phi3ForCausalLM
 from minilora.trainable import count_parameters
 
+IDS = torch.arange(22).view(2, 11)
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 COOKBOOK = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the Phi-3 cookbook's own list
 
@@ -274,12 +277,60 @@ def test_settings_reach_every_layer(model):
         assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.scaling) == (3, 9, 0.25, 3.0)
 
 
-@pytest.mark.parametrize("target_modules", [FUSED, COOKBOOK, ["q_proj", "v_proj"], ["gate_proj", "lm_head", "embed_tokens"]])
-def test_targets_foretell_the_number_of_new_parameters(model, target_modules):
-    config = lora.LoraConfig(r=3, target_modules=target_modules, rank_pattern={"lm_head": 5})
-    foretold = sum(target.parameters for target in find_targets(model, config))
-    before = count_parameters(model)[1]
-    assert count_parameters(lora.inject(model, config))[1] - before == foretold > 0
+# Variants, and modules saved whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, lora.Linear),
+        ({"use_dora": True}, DoraLinear),
+        ({"lora_bias": True}, BiasedLinear),
+        ({"init_lora_weights": "olora"}, OffsetLinear),
+    ],
+)
+@pytest.mark.parametrize("target_modules", [["o_proj"], ["q_proj", "up_proj"]])
+def test_a_variant_is_injected_as_its_own_layer_and_changes_nothing_at_first(model, settings, kind, target_modules):
+    expected = model(IDS)
+    layers = adapters(lora.inject(model, lora.LoraConfig(r=2, target_modules=target_modules, **settings)))
+    assert all(isinstance(layer, kind) for layer in layers.values())
+    assert rms_error(model(IDS), expected) < 1e-6
+
+
+def test_a_start_from_the_weight_needs_a_rank_that_every_slice_can_have(model):
+    config = lora.LoraConfig(r=17, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights="pissa")
+    faults = [f"model.layers.{i}.self_attn.qkv_proj starts by pissa and must have r of at most 16, not 17" for i in range(2)]
+    assert_refused_unchanged(model, config, *faults)
+
+
+def test_modules_to_save_are_copies_and_the_base_keeps_its_own(model):
+    head, norms = model.lm_head, [layer.input_layernorm for layer in model.model.layers]
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head", "input_layernorm"]))
+    for module, original in [
+        (model.lm_head, head),
+        *zip([layer.input_layernorm for layer in model.model.layers], norms, strict=True),
+    ]:
+        assert module is not original
+        assert module.weight is not original.weight
+        assert torch.equal(module.weight, original.weight)
+
+
+def test_remove_puts_the_modules_to_save_back_too(model):
+    before = dict(model.named_modules())
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head", "input_layernorm"]))
+    lora.remove(model)
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])
+def test_variants_are_for_linear_layers(model, settings):
+    config = lora.LoraConfig(r=2, target_modules=["o_proj", "embed_tokens"], **settings)
+    assert_refused_unchanged(model, config, "are for linear layers, and not for model.embed_tokens")
+
+
+def test_a_module_to_save_that_is_nowhere_is_refused(model):
+    config = lora.LoraConfig(target_modules=["o_proj"], modules_to_save=["lm_head", "classifier", "score"])
+    assert_refused_unchanged(model, config, "modules_to_save ['classifier', 'score'] match no module")
 
 
 # Any model
