@@ -23,6 +23,7 @@ from minilora.files import replaced_folder
 from minilora.injection import find_targets, inject
 from minilora.kernels.lora_linear import Slices
 from minilora.layers import Linear, MergedLinear
+from minilora.switching import adapters_of, check_unmerged, set_adapter
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -68,7 +69,7 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
     tensors = {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _fuse(layer.lora_B.detach(), layer.slices, layer.out_features)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = fuse(layer.lora_B.detach(), layer.slices, layer.out_features)
     infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if infinite:
         raise ValueError(f"an adapter must be finite to be saved; NaN or infinity stands in {', '.join(infinite)}")
@@ -90,7 +91,7 @@ def check_replaceable(path: Path | str) -> None:
         raise FileExistsError(f"{path} must be new, empty or an earlier adapter; it holds {', '.join(sorted(others))}")
 
 
-def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
+def fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """B of the slices (their width, r) as one block matrix (out_features, G·r), zero outside the blocks."""
     fused = lora_B.new_zeros(out_features, len(slices) * lora_B.shape[1])
     blocks = lora_B.split([stop - start for start, stop in slices])
@@ -100,7 +101,7 @@ def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
 
 
 def _split(fused: Tensor, slices: Slices) -> Tensor:
-    """The inverse of _fuse."""
+    """The inverse of fuse."""
     columns = fused.chunk(len(slices), dim=1)
     return torch.cat([columns_g[start:stop] for (start, stop), columns_g in zip(slices, columns, strict=True)])
 
@@ -192,8 +193,12 @@ def _read_configs(path: Path | str) -> tuple[LoraConfig, LoraConfig]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None = torch.float32) -> nn.Module:
-    """Loads an adapter that save_adapter or PEFT wrote, injecting its layers where the model has none yet; returns the model.
+def load_adapter(
+    model: nn.Module, path: Path | str, dtype: torch.dtype | None = torch.float32, adapter_name: str = "default"
+) -> nn.Module:
+    """Loads an adapter that save_adapter or PEFT wrote, and makes it the active one; returns the model.
+
+    The layers of an adapter of that name are filled where the model has one, and injected where it has none.
 
     Args:
         dtype: of injected adapters, as in inject.
@@ -204,10 +209,8 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
     """
     config, fused = _read_configs(path)
     tensors = read_adapter_tensors(path)
-    layers = _adapted(model)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise ValueError(f"unmerge the model's adapter before loading another: {', '.join(merged)}")
+    check_unmerged(model)
+    layers = _layers_named(model, adapter_name)
     if layers:
         pairs = {name: _pair(layer, layer.slices, layer.r, layer.scaling) for name, layer in layers.items()}
     else:
@@ -222,12 +225,22 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
                 raise ValueError(f"{path} was trained with another {name}.weight than the model's")
     _check(pairs, tensors, fused, Path(path))
     if not layers:
-        layers = _adapted(inject(model, config, dtype))
+        layers = _layers_named(inject(model, config, dtype, adapter_name), adapter_name)
     with torch.no_grad():
         for name, layer in layers.items():
             layer.lora_A.copy_(tensors[f"{name}.lora_A"])
             layer.lora_B.copy_(_split(tensors[f"{name}.lora_B"], pairs[name].slices))
+    if adapters_of(model).named:
+        set_adapter(model, adapter_name)
     return model
+
+
+def _layers_named(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
+    """The layers of the named adapter, none if there is none; of a model made with adapters, not by inject, all that it has."""
+    named = adapters_of(model).named
+    if not named:
+        return _adapted(model)
+    return named[adapter_name].layers if adapter_name in named else {}
 
 
 def read_adapter_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -266,7 +279,7 @@ def _check(pairs: dict[str, Pair], tensors: dict[str, Tensor], fused: LoraConfig
     if not faults:
         for name, pair in pairs.items():
             B = tensors[f"{name}.lora_B"]
-            if not torch.equal(_fuse(_split(B, pair.slices), pair.slices, pair.out_features), B):
+            if not torch.equal(fuse(_split(B, pair.slices), pair.slices, pair.out_features), B):
                 faults.append(f"{name}.lora_B reaches outputs that the model's adapter, by slices, does not adapt")
     if faults:
         raise ValueError(f"the adapter in {path} does not fit the model:\n  " + "\n  ".join(sorted(faults)))

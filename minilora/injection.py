@@ -13,6 +13,7 @@ from torch import nn
 from minilora.config import LoraConfig
 from minilora.kernels.lora_linear import Slices
 from minilora.layers import Linear, MergedLinear, enabled_slices
+from minilora.switching import Adapter, adapters_of, add_adapter, base_modules
 
 
 @dataclass(frozen=True)
@@ -53,32 +54,33 @@ class Target:
         return self.r * sum(self.module.in_features + stop - start for start, stop in self.slices)
 
 
-def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+def inject(
+    model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32, adapter_name: str = "default"
+) -> nn.Module:
     """Replaces every linear layer that config.target_modules names by one with an adapter, in place; returns the model.
 
     Names match by PEFT's rules: an entry of a list is a module's path or the end of one after a dot; a string is a regular
     expression for whole paths, or "all-linear". The model's own parameters stay the same objects; what is trained is decided
-    by mark_only_lora_as_trainable.
+    by mark_only_lora_as_trainable. A model that has adapters gets one more beside them, the active one then (minilora.switching).
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
 
     Raises:
-        ValueError: a name matches nothing, a layer is named both whole and by slice or has an adapter already, or slices of
-            one layer have unlike ranks; all faults at once, and the model is unchanged.
+        ValueError: a name matches nothing, a layer is named both whole and by slice, slices of one layer have unlike ranks, the
+            model has an adapter of that name, or layers with adapters of its own, or a layer is merged; the model is unchanged.
     """
-    if any(isinstance(module, Linear) for module in model.modules()):
-        raise ValueError("this model has adapters already: load it anew to inject others")
-    for target in find_targets(model, config):
-        model.set_submodule(target.path, target.layer(config, dtype))
-    model.lora_config = config
+    if not adapters_of(model).named and any(isinstance(module, Linear) for module in model.modules()):
+        raise ValueError("this model is made with adapters already: inject takes one of plain layers")
+    layers = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
+    add_adapter(model, adapter_name, Adapter(config, layers))
     return model
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     """The layers that inject would replace, in the model's order; errors as there."""
     wanted, hit, faults, targets = config.target_modules, set(), [], []
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         if not isinstance(module, nn.Linear):
             continue
         whole = _matches(path, wanted, hit)
@@ -120,7 +122,7 @@ def _matches(path: str, wanted: list[str] | str, hit: set[str]) -> bool:
 def _names(model: nn.Module) -> list[str]:
     """The last names of all linear layers, each with the names of the layers fused in it."""
     names = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         if isinstance(module, nn.Linear):
             packed = ", ".join(getattr(module, "packed", ()))
             names[path.rpartition(".")[2] + (f" ({packed})" if packed else "")] = None

@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from helpers import rms_error
 
 import minilora as lora
 from minilora import phi3
 from minilora.cli import main
+from minilora.commands import PROBE
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +155,38 @@ def test_a_question_that_passes_the_context_is_not_asked_and_the_chat_goes_on(ch
 
 def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(trained, tiny_checkpoint, tmp_path, capsys):
     run("merge", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--output", tmp_path / "merged")
-    assert f"wrote {tmp_path / 'merged'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'merged'}" in said
+    assert f"{tiny_checkpoint} still holds the base, unchanged" in said
     merged, adapted = phi3.load(tmp_path / "merged"), lora.load_adapter(phi3.load(tiny_checkpoint), trained / "out" / "adapter")
     ids = torch.arange(40).view(2, 20)
     base = phi3.load(tiny_checkpoint)(ids)
     assert (merged(ids) - adapted(ids)).abs().max() < 1e-4 * (adapted(ids) - base).abs().max()
     assert phi3.load_tokenizer(tmp_path / "merged").encode("abc") == phi3.load_tokenizer(tiny_checkpoint).encode("abc")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_measures_what_it_changed_on_the_given_weights(tiny_checkpoint, tmp_path, capsys, dtype):
+    phi3.save(phi3.load(tiny_checkpoint, dtype), tmp_path / "base", tokenizer_from=tiny_checkpoint)
+    model = lora.inject(phi3.load(tmp_path / "base"), lora.LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", "up_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    said = capsys.readouterr().out
+    ids = torch.tensor([phi3.load_tokenizer(tiny_checkpoint).encode(PROBE)])
+    unmerged, merged = model(ids), phi3.load(tmp_path / "merged")(ids)
+    base = phi3.load(tmp_path / "base")(ids)
+    pattern = r"once to (\w+) .*\n.* of (\d+) tokens, .* off by (\S+) of their RMS, where the adapter itself moves them by (\S+)"
+    found = re.search(pattern, said)
+    assert found[1] == str(dtype).removeprefix("torch.")
+    assert int(found[2]) == ids.numel()
+    assert float(found[3]) == pytest.approx(rms_error(merged, unmerged), rel=0.1)
+    assert float(found[4]) == pytest.approx(rms_error(unmerged, base), rel=0.1)
+    assert 0 < float(found[3]) < 4 * torch.finfo(dtype).eps
+    assert float(found[4]) > 0.01
 
 
 def test_merge_refuses_a_folder_that_holds_files(trained, tiny_checkpoint, capsys):
