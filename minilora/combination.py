@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.adapter import fuse
 from minilora.config import LoraConfig
@@ -54,14 +54,11 @@ def _sum(linear: nn.Linear, weighted: list[tuple[float, Linear]]) -> Linear:
     r = sum(layer.lora_A.shape[0] for _, layer in weighted)
     added = Linear.around(linear, dtype, r=r, lora_alpha=r)
     added.lora_A.copy_(torch.cat([layer.lora_A.to(dtype) for _, layer in weighted]))
-    added.lora_B.copy_(torch.cat([_scaled_B(weight, layer) for weight, layer in weighted], dim=1))
+    scaled = [
+        weight * layer.scaling * fuse(layer.lora_B.to(dtype), layer.slices, layer.out_features) for weight, layer in weighted
+    ]
+    added.lora_B.copy_(torch.cat(scaled, dim=1))
     return added
-
-
-def _scaled_B(weight: float, layer: Linear) -> Tensor:
-    """w s B (out_features, rank) in float32 or better, to be rounded once."""
-    lora_B = fuse(layer.lora_B, layer.slices, layer.out_features)
-    return weight * layer.scaling * lora_B.to(torch.promote_types(lora_B.dtype, torch.float32))
 
 
 def _config(layers: dict[str, Linear]) -> LoraConfig:

@@ -60,6 +60,9 @@ def test_the_sum_of_adapters_is_the_sum_of_their_updates(names, weights):
     found = deltas(model, "sum")
     assert found.keys() == expected.keys()
     scale = sum(map(abs, weights))
+    assert {path: (layer.r, layer.r) for path, layer in model.lora_adapters.named["sum"].layers.items()} == {
+        path: (model.lora_config.rank(path), model.lora_config.alpha(path)) for path in found
+    }
     for path, delta in expected.items():  # beside the terms, since they may cancel
         assert (found[path] - delta).abs().max() < 1e-5 * scale * delta.shape[1]
     assert max(rms_error(found[path], delta) for path, delta in expected.items()) < 1e-3 or len(set(names)) < len(names)
