@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig, scaling
 from minilora.files import replaced_folder
-from minilora.injection import find_targets, inject
+from minilora.injection import find_targets, inject, plain_kind
 from minilora.kernels.lora_linear import Slices
-from minilora.layers import Linear, MergedLinear
+from minilora.layers import Linear, MergedLinear, adapted_layers
 from minilora.switching import adapters_of, check_unmerged, set_adapter
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -50,7 +50,14 @@ def _pair(layer: nn.Linear, slices: Slices, r: int, scaling: float) -> Pair:
 
 
 def _adapted(model: nn.Module) -> dict[str, Linear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    return _only_linear(adapted_layers(model))
+
+
+def _only_linear(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    others = [path for path, module in modules.items() if not isinstance(module, nn.Linear)]
+    if others:
+        raise ValueError(f"adapter files hold linear layers only; save {', '.join(others)} with lora_state_dict")
+    return modules
 
 
 def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) -> None:
@@ -152,9 +159,9 @@ def _key(path: str, layers: dict[str, Linear]) -> str:
 
 def _target_names(model: nn.Module, layers: dict[str, Linear]) -> list[str] | str:
     """The adapted layers, and no others, by their last names; else by their paths; else by a pattern for whole paths."""
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    candidates = [path for path, module in model.named_modules() if plain_kind(module)]
     for names in ({path.rpartition(".")[2] for path in layers}, layers.keys()):
-        if {path for path in linears if any(path == name or path.endswith(f".{name}") for name in names)} == layers.keys():
+        if {path for path in candidates if any(path == name or path.endswith(f".{name}") for name in names)} == layers.keys():
             return sorted(names)
     return "|".join(map(re.escape, layers))
 
@@ -214,9 +221,11 @@ def load_adapter(
     if layers:
         pairs = {name: _pair(layer, layer.slices, layer.r, layer.scaling) for name, layer in layers.items()}
     else:
+        targets = find_targets(model, config)
+        _only_linear({target.path: target.module for target in targets})
         pairs = {
             target.path: _pair(target.module, target.slices, target.r, scaling(target.r, target.lora_alpha, config.use_rslora))
-            for target in find_targets(model, config)
+            for target in targets
         }
     for name in pairs:
         if f"{name}.base_layer" in tensors:  # PEFT writes the frozen head along with its adapter
@@ -240,7 +249,7 @@ def _layers_named(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
     named = adapters_of(model).named
     if not named:
         return _adapted(model)
-    return named[adapter_name].layers if adapter_name in named else {}
+    return _only_linear(named[adapter_name].layers) if adapter_name in named else {}
 
 
 def read_adapter_tensors(path: Path | str) -> dict[str, Tensor]:

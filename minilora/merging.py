@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from minilora.layers import Linear
+from minilora.layers import LoRALayer, adapted_layers
 
 
-def _layers(model: nn.Module, merged: bool) -> dict[str, Linear]:
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+def _layers(model: nn.Module, merged: bool) -> dict[str, LoRALayer]:
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapter to merge or unmerge")
     wrong = [path for path, layer in layers.items() if layer.merged != merged]
@@ -48,25 +48,27 @@ def merge(model: nn.Module) -> None:
         layer.weight.data, layer.merged = weights[layer.weight], True
 
 
-def _sum(layer: Linear) -> Tensor:
+def _sum(layer: LoRALayer) -> Tensor:
     """The merged weight before it is rounded."""
     delta = layer.delta()
     weight = layer.weight.to(torch.promote_types(layer.weight.dtype, delta.dtype), copy=True)
+    rows = weight.T if layer.fan_in_fan_out else weight
     for (start, stop), part in zip(layer.slices, delta.split([stop - start for start, stop in layer.slices]), strict=True):
-        weight[start:stop] += part
+        rows[start:stop] += part
     return weight
 
 
-def _torn_weights(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
+def _torn_weights(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str]:
     """The shared weights that would have to be merged into different ones, each by all its names."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
+    owners: dict[nn.Parameter, dict[str, str]] = {}  # weight → path of a module that holds it → its name there
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, {})[path] = f"{path}.{name}"
     shared = [owners[weight] for weight in {layer.weight for layer in layers.values()} if len(owners[weight]) > 1]
-    return [" and ".join(names) for names in shared if not _merge_alike([name.removesuffix(".weight") for name in names], layers)]
+    return [" and ".join(names.values()) for names in shared if not _merge_alike(list(names), layers)]
 
 
-def _merge_alike(paths: list[str], layers: dict[str, Linear]) -> bool:
+def _merge_alike(paths: list[str], layers: dict[str, LoRALayer]) -> bool:
     """Whether all of the modules that share a weight are adapted, and by the same ΔW up to float32's rounding."""
     if not layers.keys() >= set(paths):
         return False

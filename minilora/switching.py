@@ -17,7 +17,7 @@ BASE = "__base__"  # PEFT's name for the base without an adapter
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: how it was made, and its layer for each path that it adapts."""
+    """One adapter: how it was made, and its layer for each module that it adapts, by the module's (first) path."""
 
     config: LoraConfig
     layers: dict[str, nn.Module]
@@ -27,7 +27,7 @@ class Adapter:
 class Adapters:
     """What a model keeps as lora_adapters beside its modules; `active` may be read, and is set by set_adapter."""
 
-    base: dict[str, nn.Module] = field(default_factory=dict)  # path → the base's own module, for every path ever adapted
+    base: dict[str, nn.Module] = field(default_factory=dict)  # path → the base's own module, for all that were ever adapted
     named: dict[str, Adapter] = field(default_factory=dict)
     active: str = BASE
 
@@ -43,8 +43,11 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its path, those that are adapted as the base has them."""
-    return dict(model.named_modules()) | adapters_of(model).base
+    """Every module by its path, its first where it has several; those that are adapted as the base has them."""
+    base, paths = adapters_of(model).base, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(base.get(path, module), path)
+    return {path: module for module, path in paths.items()}
 
 
 def add_adapter(model: nn.Module, adapter_name: str, adapter: Adapter) -> None:
@@ -57,8 +60,8 @@ def add_adapter(model: nn.Module, adapter_name: str, adapter: Adapter) -> None:
     if adapter_name == BASE or adapter_name in adapters.named:
         raise ValueError(f"this model has an adapter {adapter_name!r} already: choose another adapter_name")
     check_unmerged(model)
-    modules = base_modules(model)
-    adapters.base |= {path: modules[path] for path in adapter.layers}
+    adapted = {module for path, module in base_modules(model).items() if path in adapter.layers}
+    adapters.base |= {path: module for path, module in model.named_modules(remove_duplicate=False) if module in adapted}
     adapters.named[adapter_name] = adapter
     model.lora_adapters = adapters
     set_adapter(model, adapter_name)
@@ -103,13 +106,20 @@ def placed(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
 
 
 def place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Puts the given layers at their paths and the base's modules at all others, in the mode and on the device of the present."""
+    """Puts each layer everywhere that the model holds the module it is for, and the base's own modules everywhere else.
+
+    A layer takes over the mode, the device and the parameters of the base from the one whose place it takes: to_empty, sharding
+    and load_state_dict(assign=True) give the layers that are in the model new parameters.
+    """
     check_unmerged(model)
-    for path, module in (adapters_of(model).base | layers).items():
-        present = model.get_submodule(path)
-        if module is not present:
-            device = next(present.parameters()).device
-            model.set_submodule(path, module.train(present.training).to(device))
+    base = adapters_of(model).base
+    replacements = {base[path]: layer for path, layer in layers.items()}
+    for path, module in base.items():
+        present, layer = model.get_submodule(path), replacements.get(module, module)
+        if layer is not present:
+            for name, _ in list(module.named_parameters()):
+                setattr(layer, name, getattr(present, name))
+            model.set_submodule(path, layer.train(present.training).to(present.weight.device))
 
 
 def check_unmerged(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from minilora.layers import Linear
+from minilora.layers import adapted_layers
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -17,8 +17,8 @@ def _chosen(model: nn.Module, bias: Bias) -> set[str]:
     if bias == "all":
         names |= {name for name, _ in model.named_parameters() if "bias" in name}
     if bias == "lora_only":
-        layers = {path for path, module in model.named_modules() if isinstance(module, Linear) and module.bias is not None}
-        names |= {f"{path}.bias".removeprefix(".") for path in layers}
+        layers = adapted_layers(model).items()
+        names |= {f"{path}.bias".removeprefix(".") for path, layer in layers if getattr(layer, "bias", None) is not None}
     return names
 
 

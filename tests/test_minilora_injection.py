@@ -150,9 +150,9 @@ def test_a_slice_takes_the_rank_of_its_own_name(model):
 def test_a_name_that_matches_nothing_is_answered_with_what_there_is(model):
     assert_refused_unchanged(
         model,
-        lora.LoraConfig(target_modules=["o_proj", "query", "embed_tokens"]),
-        "target_modules ['embed_tokens', 'query'] match no linear layer",
-        "qkv_proj (q_proj, k_proj, v_proj), o_proj, gate_up_proj (gate_proj, up_proj), down_proj, lm_head",
+        lora.LoraConfig(target_modules=["o_proj", "query", "mlp"]),
+        "target_modules ['mlp', 'query'] match no linear layer, embedding or convolution",
+        "embed_tokens, qkv_proj (q_proj, k_proj, v_proj), o_proj, gate_up_proj (gate_proj, up_proj), down_proj, lm_head",
     )
 
 
@@ -181,7 +181,7 @@ def test_a_second_injection_of_one_name_is_refused(model):
 
 
 def test_injection_into_a_model_made_with_adapters_is_refused():
-    model = torch.nn.Sequential(lora.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = torch.nn.Sequential(lora.Linear(4, 4, r=2), torch.nn.Linear(4, 4))
     assert_refused_unchanged(model, lora.LoraConfig(target_modules=["1"]), "made with adapters already")
 
 

@@ -237,7 +237,7 @@ def test_a_shared_weight_is_merged_once_where_all_its_modules_carry_the_same_ada
     lora.merge(model)
     assert model.first.weight is model.second.weight
     assert_bitwise(model.first.weight.detach(), weight.to(dtype))  # ΔW was added once
-    assert rms_error(model(x), expected) < 2 * torch.finfo(dtype).eps
+    assert rms_error(model(x), expected) < 8 * torch.finfo(dtype).eps
     lora.unmerge(model)
     assert model.first.weight is model.second.weight
     assert_unchanged(model, before)
