@@ -156,6 +156,8 @@ def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
     parent = model.get_submodule(path.rpartition(".")[0])
     if type(module).forward is not plain_kind(module).forward or "forward" in vars(module):
         return f"{type(module).__name__} computes in a way of its own"
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return "its weight is computed from other parameters"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
