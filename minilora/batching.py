@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.kernels.lora_linear import Slices
-from minilora.layers import Linear
+from minilora.layers import Linear, MergedLinear
 from minilora.switching import BASE, adapters_of, placed
 
 
@@ -88,7 +88,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[nn.M
     mixed = {}
     for path, module in adapters.base.items():
         layers = [(rows[name], adapter.layers[path]) for name, adapter in named.items() if path in adapter.layers]
-        others = [type(layer).__name__ for _, layer in layers if not isinstance(layer, Linear)]
+        others = [type(layer).__name__ for _, layer in layers if type(layer) not in (Linear, MergedLinear)]
         if others:
             raise ValueError(f"rows can differ in the adapters of linear layers, and {path} is {', '.join(others)}")
         if layers:

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.adapter import fuse
 from minilora.config import LoraConfig
-from minilora.layers import Linear
+from minilora.injection import KINDS, plain_kind
+from minilora.layers import LoRALayer, MergedLinear
 from minilora.switching import Adapter, adapters_of, add_adapter
+
+SUMMABLE = {*KINDS.values(), MergedLinear}
 
 
 @torch.no_grad()
@@ -31,37 +34,39 @@ def add_weighted_adapter(model: nn.Module, adapters: Sequence[str], weights: Seq
         adapter_name: of the sum.
 
     Raises:
-        ValueError: there is no such adapter, one adapts other layers than linear ones, a weight is missing or not finite, the
+        ValueError: there is no such adapter, one is more than B A in some layer, a weight is missing or not finite, the
             name is taken, or a layer is merged; the model is unchanged.
     """
     if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
         raise ValueError(f"each adapter must have one finite weight, not {list(weights)} for {list(adapters)}")
-    parts: dict[str, list[tuple[float, Linear]]] = {}
+    parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for name, weight in zip(adapters, weights, strict=True):
         for path, layer in adapters_of(model)[name].layers.items():
             parts.setdefault(path, []).append((weight, layer))
-    others = [path for path, layers in parts.items() if not all(isinstance(layer, Linear) for _, layer in layers)]
+    others = [path for path, weighted in parts.items() if any(type(layer) not in SUMMABLE for _, layer in weighted)]
     if others:
-        raise ValueError(f"adapters of linear layers can be added up, and these are of others: {', '.join(others)}")
+        raise ValueError(f"an adapter must be one product B A a layer to be added up, and is more in {', '.join(others)}")
     base = adapters_of(model).base
     layers = {path: _sum(base[path], weighted) for path, weighted in parts.items()}
     add_adapter(model, adapter_name, Adapter(_config(layers), layers))
 
 
-def _sum(linear: nn.Linear, weighted: list[tuple[float, Linear]]) -> Linear:
-    """One layer around a linear layer's own weight, with the weighted sum of other layers' adapters."""
+def _sum(module: nn.Module, weighted: list[tuple[float, LoRALayer]]) -> LoRALayer:
+    """One layer around a module's own weight, with the weighted sum of other layers' adapters."""
     dtype = reduce(torch.promote_types, [layer.lora_A.dtype for _, layer in weighted])
-    r = sum(layer.lora_A.shape[0] for _, layer in weighted)
-    added = Linear.around(linear, dtype, r=r, lora_alpha=r)
+    r = sum(len(layer.lora_A) for _, layer in weighted)
+    added = KINDS[plain_kind(module)].around(module, dtype, r=r, lora_alpha=r)
     added.lora_A.copy_(torch.cat([layer.lora_A.to(dtype) for _, layer in weighted]))
-    scaled = [
-        weight * layer.scaling * fuse(layer.lora_B.to(dtype), layer.slices, layer.out_features) for weight, layer in weighted
-    ]
-    added.lora_B.copy_(torch.cat(scaled, dim=1))
+    added.lora_B.copy_(torch.cat([weight * layer.scaling * _whole_B(layer).to(dtype) for weight, layer in weighted], dim=1))
     return added
 
 
-def _config(layers: dict[str, Linear]) -> LoraConfig:
+def _whole_B(layer: LoRALayer) -> Tensor:
+    """B of the one pair for the whole layer, (out, rank), that adapters by slices are too."""
+    return fuse(layer.lora_B, layer.slices, layer.out_features) if isinstance(layer, MergedLinear) else layer.lora_B
+
+
+def _config(layers: dict[str, LoRALayer]) -> LoraConfig:
     ranks = {f"^{re.escape(path)}": layer.r for path, layer in layers.items()}
     r = max(ranks.values())
     unlike = {path: rank for path, rank in ranks.items() if rank != r}

@@ -1,5 +1,7 @@
 """The weighted sum of adapters, compared with the sum of their ΔW and with PEFT's "cat"."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import minilora as lora
 from minilora import phi3
+from minilora.switching import Adapter, add_adapter
 
 IDS = torch.arange(22).view(2, 11)
 WHOLE = {
@@ -121,6 +124,50 @@ def test_the_sum_is_independent_of_its_parts_and_shares_the_base():
     assert torch.equal(model(IDS), expected)
     for path, layer in model.lora_adapters.named["sum"].layers.items():
         assert layer.weight is model.lora_adapters.base[path].weight
+
+
+def test_embeddings_and_convolutions_are_added_up_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Conv1d(4, 6, 3, groups=2))
+    ids, base = torch.arange(10).view(2, 5), copy.deepcopy(model)
+    settings = {"a": {"r": 2, "target_modules": ["0", "1"]}, "b": {"r": 3, "lora_alpha": 5, "target_modules": ["1", "0"]}}
+    for name, fields in settings.items():
+        lora.inject(model, lora.LoraConfig(**fields), adapter_name=name)
+        for parameter in (parameter for path, parameter in model.named_parameters() if "lora_" in path):
+            nn.init.normal_(parameter)
+    lora.add_weighted_adapter(model, ["a", "b"], [0.5, -2.0], "sum")
+    for i, module in enumerate(base):
+        deltas = {name: model.lora_adapters.named[name].layers[str(i)].delta() for name in ("a", "b", "sum")}
+        assert rms_error(deltas["sum"], 0.5 * deltas["a"] - 2 * deltas["b"]) < 1e-5
+        with torch.no_grad():
+            module.weight += deltas["sum"]
+    x = base[0](ids).transpose(1, 2)
+    assert rms_error(model[1](model[0](ids).transpose(1, 2)), base[1](x)) < 1e-5
+
+
+def test_a_module_in_two_places_stays_one_in_the_sum():
+    linear = nn.Linear(4, 4)
+    model = nn.Sequential(linear, nn.Tanh(), linear)
+    for name in ("a", "b"):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+        assert model[0] is model[2]
+    lora.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "sum")
+    assert model[0] is model[2]
+    with lora.disable_adapter(model):
+        assert model[0] is model[2] is linear
+
+
+def test_an_adapter_that_is_more_than_a_product_is_refused():
+    class Scaled(lora.Linear):
+        """As DoRA is: its layer computes another function of the factors."""
+
+    model = several({"a": WHOLE["a"]})
+    layers = {path: Scaled.around(module, torch.float32, r=2) for path, module in model.lora_adapters.base.items()}
+    add_adapter(model, "scaled", Adapter(lora.LoraConfig(r=2), layers))
+    with pytest.raises(ValueError, match=r"one product B A a layer .*, and is more in model\.layers\.0\.self_attn\.qkv_proj"):
+        lora.add_weighted_adapter(model, ["a", "scaled"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match=r"qkv_proj is Scaled"), lora.mixed_batch(model, ["a", "scaled"]):
+        pass
 
 
 @pytest.mark.parametrize(

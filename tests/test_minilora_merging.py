@@ -211,6 +211,42 @@ def test_a_tied_model_with_adapters_elsewhere_stays_tied_when_merged(tmp_path):
     assert torch.equal(phi3.load(tmp_path)(IDS), model(IDS))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_and_embedding_with_one_adapter_are_merged_as_one(tmp_path, dtype):
+    """The embedding's ΔW = (B A)ᵀ is the head's B A where the head's factors are the embedding's, crossed over."""
+    config = tiny_config(tie_word_embeddings=True)
+    model = adapted(config, dtype, target_modules=["embed_tokens", "lm_head", "o_proj"])
+    embedding, head = model.model.embed_tokens, model.lm_head
+    with torch.no_grad():
+        head.lora_A.copy_(embedding.lora_B.T)
+        head.lora_B.copy_(embedding.lora_A.T)
+    before, expected = state(model), model(IDS)
+    lora.merge(model)
+    assert head.weight is embedding.weight
+    assert rms_error(model(IDS), expected) < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    assert rms_error(model(IDS), tiny_model(config).to(dtype)(IDS)) > 0.1
+    phi3.save(model, tmp_path)
+    assert torch.equal(phi3.load(tmp_path)(IDS), model(IDS))
+    lora.unmerge(model)
+    assert head.weight is embedding.weight
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_of_a_tied_embedding_alone_is_not_merged():
+    model = adapted(tiny_config(tie_word_embeddings=True), target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight and lm_head\.weight"):
+        lora.merge(model)
+
+
+def test_one_layer_in_two_places_is_merged_as_one():
+    layer = lora.Linear(4, 4, r=2)
+    nn.init.normal_(layer.lora_B)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer).eval(), torch.randn(3, 4)
+    expected = model(x)
+    lora.merge(model)
+    assert rms_error(model(x), expected) < 1e-5
+
+
 class TwiceUsed(nn.Module):
     """One weight in two layers, as head and embedding of a tied model have it."""
 

@@ -193,6 +193,31 @@ def test_mode_device_and_copies_follow_the_model(model, logits):
         assert not any(module.training for module in twin.modules())
 
 
+def test_new_parameters_of_the_base_are_every_adapters(model, folders):
+    """load_state_dict(assign=True), to_empty and sharding put other parameters into the layers that are in the model."""
+    lora.set_adapter(model, "a")
+    other = tiny_model(tiny_config(), seed=7)
+    model.load_state_dict(other.state_dict(), strict=False, assign=True)
+    for name in ("a", "b"):
+        lora.set_adapter(model, name)
+        assert torch.equal(model(IDS), lora.load_adapter(tiny_model(tiny_config(), seed=7), folders[name])(IDS))
+    with lora.disable_adapter(model):
+        assert torch.equal(model(IDS), other(IDS))
+
+
+def test_remove_takes_every_adapter_and_gives_back_the_base(logits):
+    model = fresh()
+    modules = dict(model.named_modules())
+    for name in ("o_proj", "down_proj"):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules=[name]), adapter_name=name)
+    lora.remove(model)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(IDS), logits["__base__"])
+    with pytest.raises(ValueError, match="the model has none"):
+        lora.set_adapter(model, "o_proj")
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["o_proj"]))
+
+
 def test_tied_weights_stay_tied_through_every_switch(folders):
     model = tiny_model(tiny_config(tie_word_embeddings=True))
     for name in ("b", "a"):
