@@ -218,6 +218,18 @@ def test_remove_takes_every_adapter_and_gives_back_the_base(logits):
     lora.inject(model, lora.LoraConfig(r=2, target_modules=["o_proj"]))
 
 
+def test_a_compiled_model_follows_every_switch():
+    model = alone(0, ADAPTERS["a"])
+    lora.inject(model, lora.LoraConfig(**SLICED), adapter_name="sliced")
+    fill(model, 3)
+    sliced = model(IDS)
+    compiled = torch.compile(model, backend="eager")
+    assert rms_error(compiled(IDS), sliced) < 1e-6
+    lora.set_adapter(model, "default")
+    assert rms_error(compiled(IDS), model(IDS)) < 1e-6
+    assert rms_error(compiled(IDS), sliced) > 0.05
+
+
 def test_tied_weights_stay_tied_through_every_switch(folders):
     model = tiny_model(tiny_config(tie_word_embeddings=True))
     for name in ("b", "a"):
