@@ -3,7 +3,7 @@
     y_i = x_i Wᵀ + bias + s_g drop(x_i) A_gᵀ B_gᵀ        for each row i of the batch that uses adapter g
 
 Rows of one adapter are one group: the frozen product runs once over the whole batch, the low-rank ones once a group.
-Source: Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving", §4, whose kernel computes the same sum.
+Source: Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving", whose kernel computes the same sum.
 """
 
 from collections.abc import Iterator, Sequence
