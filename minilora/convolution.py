@@ -2,9 +2,9 @@
 
     y = conv(x, W) + bias + conv(drop(x), ΔW)        ΔW = scaling · (lora_B lora_A), read off as the shape of W
 
-ΔW is formed: it is a kernel, small beside the activations, and found for far less than a convolution costs. Two convolutions,
-through r channels, would be another way for PEFT's shapes alone. loralib's rows of lora_B lora_A run over parts of the kernel,
-which as a first convolution is one of r · k² channels, most of its weight zero, and with groups is none at all.
+ΔW is formed: it is a kernel, small beside the activations, and costs far less than the convolution. Two convolutions in a row,
+through r channels, are the same for PEFT's shapes alone: in loralib's a row of lora_B lora_A covers a part of an output's kernel,
+which takes r · k² channels between the two, and with groups a row may run from one output into the next.
 
 Without dropout one convolution with W + ΔW, rounded once to W's dtype, is the same.
 Source: loralib 0.1.2.

@@ -43,9 +43,8 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def reset_lora_parameters(self) -> None:
         """lora_A zero and lora_B normal, which is PEFT's and loralib's start."""
-        if self.lora_A is not None:
-            nn.init.zeros_(self.lora_A)
-            nn.init.normal_(self.lora_B)
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., embedding_dim)."""

@@ -76,20 +76,22 @@ class LoRALayer:
         if r < 0 or not 0 <= lora_dropout < 1:
             raise ValueError(f"r must be at least 0 and lora_dropout lie in [0, 1), not {r} and {lora_dropout}")
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
-        self.merged, lora_A, lora_B = False, None, None
+        self.merged = False
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
         if r and self.slices:
             self.scaling = scaling(r, lora_alpha, use_rslora)
-            like = torch.empty(0, dtype=lora_dtype or self.weight.dtype, device=lora_device or self.weight.device)
-            lora_A, lora_B = (nn.Parameter(like.new_empty(shape)) for shape in self.lora_shapes())
-        self.register_parameter("lora_A", lora_A)
-        self.register_parameter("lora_B", lora_B)
+            dtype, device = lora_dtype or self.weight.dtype, lora_device or self.weight.device
+            self._make_adapter(torch.empty(0, dtype=dtype, device=device))
+
+    def _make_adapter(self, like: Tensor) -> None:
+        self.lora_A, self.lora_B = (nn.Parameter(like.new_empty(shape)) for shape in self.lora_shapes())
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
         """lora_A as nn.Linear starts its weight, which is PEFT's and loralib's start; lora_B zero."""
-        if self.lora_A is not None:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
     def _adds(self) -> bool:
         """Whether forward adds an adapter: there is one, and the weight does not hold it already."""

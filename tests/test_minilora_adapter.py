@@ -570,3 +570,10 @@ def test_a_merged_model_is_refused_until_unmerged(tmp_path):
     assert_refused(model, folder, f"unmerge it first: {O_PROJ.format(0)}, {O_PROJ.format(1)}")
     lora.unmerge(model)
     lora.load_adapter(model, folder)
+
+
+def test_a_file_for_layers_that_are_not_linear_is_refused(tmp_path):
+    model = lora.inject(tiny_model(tiny_config()), lora.LoraConfig(r=2, target_modules=["o_proj", "embed_tokens"]))
+    with pytest.raises(ValueError, match=r"linear layers only; save model\.embed_tokens with lora_state_dict"):
+        lora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -283,7 +283,10 @@ def test_a_disk_that_fills_while_saving_leaves_the_earlier_adapter_whole(tiny_ch
         ("peft.rank=4", "peft.rank is unknown"),
         ("training.learning_rate=-1", "learning_rate must be positive"),
         ('training.learning_rate="high"', "training.learning_rate must be float"),
-        ('peft.target_modules=["query"]', "match no linear layer; this model has qkv_proj (q_proj, k_proj, v_proj)"),
+        (
+            'peft.target_modules=["query"]',
+            "match no linear layer, embedding or convolution; this model has embed_tokens, qkv_proj (q_proj, k_proj, v_proj)",
+        ),
         ("training.max_steps", "must be TOML"),
     ],
 )

@@ -278,7 +278,7 @@ def test_settings_reach_every_layer(model):
         assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.scaling) == (3, 9, 0.25, 3.0)
 
 
-@pytest.mark.parametrize("target_modules", [FUSED, COOKBOOK, ["q_proj", "v_proj"], ["gate_proj", "lm_head"]])
+@pytest.mark.parametrize("target_modules", [FUSED, COOKBOOK, ["q_proj", "v_proj"], ["gate_proj", "lm_head", "embed_tokens"]])
 def test_targets_foretell_the_number_of_new_parameters(model, target_modules):
     config = lora.LoraConfig(r=3, target_modules=target_modules, rank_pattern={"lm_head": 5})
     foretold = sum(target.parameters for target in find_targets(model, config))
@@ -371,12 +371,12 @@ def test_layers_compile_without_a_break(kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"),
-    [("our phi3", ["v_proj", "gate_up_proj", "o_proj", "embed_tokens"]), ("convolutions", MODELS["convolutions"][2])],
+    ("name", "target_modules"),
+    [("our phi3", ["v_proj", "gate_up_proj", "o_proj", "embed_tokens"]), ("convolutions", ["stem.0", "block.0", "classifier"])],
 )
-def test_models_compile_without_a_break(name, targets):
+def test_models_compile_without_a_break(name, target_modules):
     make, x, _ = MODELS[name]
-    model = filled(lora.inject(make().eval(), lora.LoraConfig(r=2, target_modules=targets)))
+    model = filled(lora.inject(make().eval(), lora.LoraConfig(r=2, target_modules=target_modules)))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert rms_error(logits(compiled, x), logits(model, x)) < 1e-6
     torch._dynamo.reset()

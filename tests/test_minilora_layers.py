@@ -285,6 +285,13 @@ def test_around_takes_over_weight_and_bias_themselves():
             assert torch.equal(layer(x), plain(x))
 
 
+def test_around_makes_the_adapter_where_it_is_told():
+    layer = lora.Linear.around(nn.Linear(12, 18), torch.bfloat16, "meta", r=4)
+    assert layer.lora_A.is_meta
+    assert layer.lora_B.is_meta
+    assert layer.weight.device.type == "cpu"
+
+
 def test_around_keeps_mode_device_and_what_is_frozen():
     plain = nn.Linear(12, 18, device="meta", dtype=torch.bfloat16)
     plain.weight.requires_grad_(False)

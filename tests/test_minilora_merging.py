@@ -102,6 +102,27 @@ def test_merge_then_unmerge_is_bit_exact(seed, dtype, lora_dtype, weight_scale, 
         assert_unchanged(layer, before)
 
 
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_weight_stored_transposed_is_merged_and_unmerged(sliced):
+    settings = {"enable_lora": [True, False, True], "out_splits": [7, 2, 4]} if sliced else {}
+    layer = (lora.MergedLinear if sliced else lora.Linear)(5, 13, r=3, fan_in_fan_out=True, **settings)
+    nn.init.normal_(layer.lora_B)
+    x, before = torch.randn(4, 5), state(layer)
+    expected = layer(x)
+    lora.merge(layer)
+    assert not torch.equal(layer.weight, before["weight"])
+    assert rms_error(layer.eval()(x), expected) < 1e-6
+    lora.unmerge(layer)
+    assert_unchanged(layer, before)
+
+
+def test_layers_without_adapter_are_left_out():
+    model = nn.Sequential(lora.Linear(5, 5, r=2), lora.Linear(5, 5), lora.Embedding(5, 5))
+    lora.merge(model)
+    assert [layer.merged for layer in model] == [True, False, False]
+    lora.unmerge(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_itself_after_merge_and_unmerge(dtype):
     model = adapted(dtype=dtype, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
