@@ -8,7 +8,7 @@ The metadata of the tensors, which other programs skip, says which slices they w
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig, scaling
 from minilora.files import replaced_folder
-from minilora.injection import find_targets, install, replacements, saved_modules
-from minilora.layers import LoRALayer, adapted_layers
+from minilora.injection import find_targets, make_adapter, saved_modules
+from minilora.layers import adapted_layers
 from minilora.offset import STARTS, as_saved
 from minilora.peft_config import CONFIG, PeftConfig, make_peft_config, read_peft_config
 from minilora.peft_tensors import by_slices, faults_outside_slices, from_disk, on_disk, refuse_convolutions
+from minilora.switching import Adapter, adapters_of, add_adapter, check_unmerged, placed, set_adapter
 
 TENSORS, PREFIX, OURS = "adapter_model.safetensors", "base_model.model.", "minilora"
 
@@ -47,7 +48,7 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
         raise ValueError("the model has no adapter to save")
     refuse_convolutions(layers)
     tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in on_disk(layer).items()}
-    tensors |= _others(model, layers, saved_modules(model, config), config)
+    tensors |= _others(model, Adapter(config, layers, saved_modules(model, config)))
     sliced = hasattr(model, "lora_config") and any(map(by_slices, layers.values()))
     # One key only: safetensors writes several in an order of chance, and the same adapter shall be the same file.
     metadata = {OURS: json.dumps(asdict(as_saved(config) if config.init_lora_weights in STARTS else config))}
@@ -78,16 +79,16 @@ def check_replaceable(path: Path | str) -> None:
         raise FileExistsError(f"{path} must be new, empty or an earlier adapter; it holds {', '.join(sorted(others))}")
 
 
-def _others(model: nn.Module, layers: dict, saved: dict[str, nn.Module], config: LoraConfig) -> dict[str, Tensor]:
-    """What is saved besides the adapters, by PEFT's names: modules saved whole, and biases of the base."""
-    tensors = {f"{path}.{name}": tensor for path, module in saved.items() for name, tensor in module.state_dict().items()}
+def _others(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """What is saved besides the layers, by PEFT's names: modules saved whole, and biases of the base."""
+    tensors = {f"{path}.{name}": tensor for path, copy in adapter.copies.items() for name, tensor in copy.state_dict().items()}
     for name, parameter in model.named_parameters():
         path, _, last = name.rpartition(".")
-        if last != "bias" or any(name.startswith(f"{outer}.") for outer in saved):
+        if last != "bias" or any(name.startswith(f"{outer}.") for outer in adapter.copies):
             continue
-        if path in layers and config.bias != "none":
+        if path in adapter.layers and adapter.config.bias != "none":
             tensors[f"{path}.base_layer.bias"] = parameter.detach()
-        elif config.bias == "all":
+        elif adapter.config.bias == "all":
             tensors[name] = parameter.detach()
     return tensors
 
@@ -138,10 +139,13 @@ def read_adapter_tensors(path: Path | str) -> dict[str, Tensor]:
         raise ValueError(f"{file} is truncated or not a safetensors file ({error})") from None
 
 
-def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None = torch.float32) -> nn.Module:
-    """Loads an adapter that save_adapter or PEFT wrote, injecting its layers where the model has none yet; returns the model.
+def load_adapter(
+    model: nn.Module, path: Path | str, dtype: torch.dtype | None = torch.float32, adapter_name: str = "default"
+) -> nn.Module:
+    """Loads an adapter that save_adapter or PEFT wrote, and makes it the active one; returns the model.
 
-    Biases of the base that were trained along are overwritten; modules saved whole come in copies of the base's.
+    An adapter of that name is filled where the model has one, and injected where it has none. Biases of the base that were
+    trained along are overwritten; modules saved whole come in copies of the base's.
 
     Args:
         dtype: of injected adapters, as in inject.
@@ -150,60 +154,50 @@ def load_adapter(model: nn.Module, path: Path | str, dtype: torch.dtype | None =
         FileNotFoundError: a file of the adapter is missing.
         ValueError: it does not fit the model; every missing, extra or misshapen tensor is named, and the model is unchanged.
     """
-    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
-    if merged:
-        raise ValueError(f"unmerge the model's adapter before loading another: {', '.join(merged)}")
     stored, tensors = read_peft_config(path), read_adapter_tensors(path)
     config, fused = _as_made(path, stored), stored.lora
+    check_unmerged(model)
     if fused.init_lora_weights in STARTS:
         _subtract_start(tensors, model, fused)
         config = fused = as_saved(fused)
-    plan = plan_loading(model, config, fused, tensors, dtype)
-    if plan.faults:
-        raise ValueError(f"the adapter in {path} does not fit the model:\n  " + "\n  ".join(plan.faults))
+    present = _adapter_named(model, adapter_name, config)
+    adapter = present or make_adapter(model, config, dtype)
+    faults = faults_of_loading(model, adapter, fused, tensors)
+    if faults:
+        raise ValueError(f"the adapter in {path} does not fit the model:\n  " + "\n  ".join(faults))
+    if not present:
+        add_adapter(model, adapter_name, adapter)
+    elif adapters_of(model).named:
+        set_adapter(model, adapter_name)
     with torch.no_grad():
-        for name, layer in plan.layers.items():
+        for name, layer in adapter.layers.items():
             from_disk(layer, {key: tensors[f"{name}.{key}"] for key in on_disk(layer)})
-        for name, place in plan.others.items():
+        for name, place in _others(model, adapter).items():
             place.copy_(tensors[name])
-    return install(model, config, plan.new) if plan.new else model
+    return model
 
 
-@dataclass(frozen=True)
-class LoadingPlan:
-    """What load_adapter would do to a model."""
-
-    new: dict[str, nn.Module]  # modules to be put into the model, by path
-    layers: dict[str, LoRALayer]  # adapted layers to be filled
-    others: dict[str, Tensor]  # modules saved whole, and biases, to be filled
-    faults: list[str]  # why it must not be done
+def _adapter_named(model: nn.Module, adapter_name: str, config: LoraConfig) -> Adapter | None:
+    """The named adapter; of a model that was made with adapters, not by inject, all that it has."""
+    layers, named = adapted_layers(model), adapters_of(model).named
+    if layers and not named:
+        return Adapter(config, layers, saved_modules(model, config))
+    return named.get(adapter_name)
 
 
-def plan_loading(
-    model: nn.Module, config: LoraConfig, fused: LoraConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None
-) -> LoadingPlan:
-    """Prepares all that is to be loaded, and holds every name, shape and value against the model, which does not change.
+def faults_of_loading(model: nn.Module, adapter: Adapter, fused: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """Why a file's tensors cannot be an adapter's: every name, shape and value is held against it.
 
     Args:
-        config, fused: the adapter's, by slices perhaps, and the same with slices fused as on disk.
-        dtype: of new adapters.
-
-    Raises:
-        ValueError: the targets are not in the model.
+        fused: the config in the file, of slices fused as on disk.
     """
-    layers, new = adapted_layers(model), {}
-    if not layers:
-        new = replacements(model, config, dtype)
-        layers = {path: module for path, module in new.items() if isinstance(module, LoRALayer)}
+    layers = adapter.layers
     refuse_convolutions(layers)
-    made = getattr(model, "lora_config", config)
-    saved = {path: new.get(path, module) for path, module in saved_modules(model, made).items()}
-    others = _others(model, layers, saved, made)
     expected = {f"{path}.{key}": tensor.shape for path, layer in layers.items() for key, tensor in on_disk(layer).items()}
-    expected |= {name: tensor.shape for name, tensor in others.items()}
+    expected |= {name: tensor.shape for name, tensor in _others(model, adapter).items()}
     # What PEFT writes besides: a frozen head with its adapter, and with bias = "all" those of modules saved whole thrice.
     frozen = {f"{path}.base_layer.weight": layer.weight for path, layer in layers.items()}
-    again = {f"{path}.{where}.bias" for path in saved for where in ("modules_to_save", "original_module")}
+    again = {f"{path}.{where}.bias" for path in adapter.copies for where in ("modules_to_save", "original_module")}
     faults = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     faults += [f"{name} is not part of the adapted model" for name in tensors.keys() - expected.keys() - frozen.keys() - again]
     faults += _wrong_values(expected, frozen, tensors)
@@ -213,7 +207,7 @@ def plan_loading(
             faults.append(f"{path} is scaled by {stored} in the file and by {layer.scaling} in the model")
     if not faults:
         faults = [fault for path, layer in layers.items() for fault in faults_outside_slices(path, layer, tensors)]
-    return LoadingPlan(new, layers, others, sorted(faults))
+    return sorted(faults)
 
 
 def _wrong_values(expected: dict[str, torch.Size], frozen: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
@@ -236,7 +230,9 @@ def _subtract_start(tensors: dict[str, Tensor], model: nn.Module, config: LoraCo
 
     PEFT saves PiSSA and OLoRA so, and finds the start again too.
     """
-    for target in find_targets(model, config):
+    with placed(model, {}):
+        targets = find_targets(model, config)
+    for target in targets:
         factor, weight = scaling(target.r, target.lora_alpha, config.use_rslora), target.module.weight.detach().float()
         matrix = weight.T if getattr(target.module, "fan_in_fan_out", False) else weight
         start = STARTS[config.init_lora_weights](matrix, target.r, factor)

@@ -49,7 +49,7 @@ class _ConvLoRA(LoRALayer):
         self.weight.requires_grad_(self.lora_A is None)
 
     def lora_shapes(self):
-        if self.original:
+        if self.made_around:
             return (self.r, self.weight[0].numel()), (self.out_channels, self.r)
         *others, k = self.kernel_size
         rows = self.out_channels // self.groups * math.prod(others)

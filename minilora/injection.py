@@ -19,6 +19,7 @@ from minilora.layers import Linear, LoRALayer, MergedLinear, adapted_layers, ena
 from minilora.lora_bias import BiasedLinear
 from minilora.matching import hits, meant, saved_whole
 from minilora.offset import OffsetLinear
+from minilora.switching import Adapter, adapters_of, add_adapter, place, placed
 
 KINDS = {nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
@@ -79,13 +80,16 @@ def as_linear(module: nn.Module) -> nn.Module:
     return linear
 
 
-def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+def inject(
+    model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32, adapter_name: str = "default"
+) -> nn.Module:
     """Replaces every linear layer, embedding and convolution that config.target_modules names by one with an adapter, in place.
 
     Names match by PEFT's rules: an entry of a list is a module's path or the end of one after a dot; a string is a regular
     expression for whole paths, or "all-linear". The model's own parameters stay the same objects under the same names; what is
     trained is decided by mark_only_lora_as_trainable. Modules to save are replaced by copies; a copied head that was tied to the
-    embedding no longer is. remove undoes it all.
+    embedding no longer is. A model that has adapters gets one more beside them, the active one then (minilora.switching). remove
+    undoes it all.
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
@@ -94,27 +98,23 @@ def inject(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = tor
         The model.
 
     Raises:
-        ValueError: a name matches nothing, a layer is named both whole and by slice, computes in a way of its own or has an
-            adapter already, or slices of one layer have unlike ranks; all faults at once, and the model is unchanged.
+        ValueError: a name matches nothing, a layer is named both whole and by slice or computes in a way of its own, slices of
+            one layer have unlike ranks, the model has an adapter of that name, or layers made with adapters, or a layer is
+            merged; all faults of the targets at once, and the model is unchanged.
     """
-    if adapted_layers(model):
-        raise ValueError("this model has adapters already: load it anew to inject others")
-    return install(model, config, replacements(model, config, dtype))
-
-
-def replacements(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> dict[str, nn.Module]:
-    """What inject would put into the model, by path: layers with adapters, and copies of the modules to save."""
-    modules = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
-    return modules | {path: copy.deepcopy(module) for path, module in saved_modules(model, config).items()}
-
-
-def install(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> nn.Module:
-    """Puts replacements in their places; each keeps what it replaces for remove."""
-    for path, module in modules.items():
-        module.original = (model.get_submodule(path),)  # in a tuple, so that it is no submodule
-    _replace(model, {module.original[0]: module for module in modules.values()})
-    model.lora_config = config
+    if adapted_layers(model) and not adapters_of(model).named:
+        raise ValueError("this model is made with adapters already: inject takes one of plain layers")
+    add_adapter(model, adapter_name, make_adapter(model, config, dtype))
     return model
+
+
+def make_adapter(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> Adapter:
+    """What inject puts into the model, which does not change."""
+    with placed(model, {}):
+        layers = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
+        saved = saved_modules(model, config)
+        copies = {module: copy.deepcopy(module) for module in saved.values()}
+    return Adapter(config, layers, {path: copies[module] for path, module in saved.items()})
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -129,35 +129,23 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 def remove(model: nn.Module) -> nn.Module:
     """Puts the modules that inject replaced back in their places, the same objects with the same parameters; returns the model.
 
-    Parameters that were frozen stay so; biases that were trained in place stay trained.
+    All adapters go, those that are not active too. Parameters that were frozen stay so; biases that were trained in place stay
+    trained.
 
     Raises:
         ValueError: the model has no adapter, one is merged into its weight, or a layer was made with its adapter, so that there
             is none to put back; the model is unchanged.
     """
-    layers = adapted_layers(model)
+    layers, base = adapted_layers(model), adapters_of(model).base
     if not layers:
         raise ValueError("the model has no adapter to remove")
     faults = [f"{path} is merged: unmerge it first" for path, layer in layers.items() if layer.merged]
-    faults += [f"{path} was made with its adapter, not by inject" for path, layer in layers.items() if not layer.original]
+    faults += [f"{path} was made with its adapter, not by inject" for path in layers if path not in base]
     if faults:
         raise ValueError("; ".join(faults))
-    originals = {layer: layer.original[0] for layer in layers.values()}
-    for layer, original in originals.items():
-        for name, _ in list(original.named_parameters()):
-            setattr(original, name, getattr(layer, name))  # to_empty and sharding give a layer new parameters
-        original.train(layer.training)
-    copies = saved_modules(model, getattr(model, "lora_config", LoraConfig())).values()
-    _replace(model, originals | {module: module.original[0] for module in copies})
-    vars(model).pop("lora_config", None)
+    place(model, {})
+    del model.lora_adapters, model.lora_config
     return model
-
-
-def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Puts each module's replacement everywhere that the model holds it: one that is used twice stays one."""
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            model.set_submodule(path, replacements[module])
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from minilora.adapter import plan_loading, read_adapter_config, read_adapter_tensors
+from minilora.adapter import faults_of_loading, read_adapter_config, read_adapter_tensors
 from minilora.config import LoraConfig, scaling
+from minilora.injection import make_adapter
 from minilora.peft_config import PeftConfig, read_peft_config
 
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -66,7 +67,7 @@ def misfits(inspection: Inspection, model: nn.Module) -> list[str]:
     settings = {"init_lora_weights": True}  # whose start it takes says nothing about names and shapes
     config, fused = (replace(config, **settings) for config in (inspection.config, inspection.stored.lora))
     try:
-        return plan_loading(model, config, fused, inspection.tensors, None).faults
+        return faults_of_loading(model, make_adapter(model, config, None), fused, inspection.tensors)
     except ValueError as error:  # targets that are not in the model: what else is wrong is told by the tensors
         return [*str(error).split("; "), *_misplaced(inspection, model)]
 

@@ -44,7 +44,7 @@ class LoRALayer:
     """
 
     fan_in_fan_out = False
-    original: tuple[nn.Module, ...] = ()  # what the layer was made around; in a tuple, so that it is no submodule
+    made_around = False  # a plain layer, by around
 
     @property
     def slices(self) -> Slices:
@@ -75,7 +75,7 @@ class LoRALayer:
         layer = cls.__new__(cls)
         # nn.Module keeps parameters and hooks in dicts: the layer has dicts of its own with the same entries.
         vars(layer).update({name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()})
-        layer.original = (module,)
+        layer.made_around = True
         return layer
 
     def _adapt(self, r, lora_alpha=1, lora_dropout=0.0, use_rslora=False, lora_dtype=None, lora_device=None) -> None:

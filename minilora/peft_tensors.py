@@ -23,7 +23,7 @@ def on_disk(layer: LoRALayer) -> dict[str, Tensor]:
             "lora_A.weight": A.view(-1, *layer.weight.shape[1:]),
             "lora_B.weight": B.view(*B.shape, *[1] * (layer.weight.ndim - 2)),
         }
-    tensors = {"lora_A.weight": A, "lora_B.weight": _fuse(B, layer.slices, layer.out_features)}
+    tensors = {"lora_A.weight": A, "lora_B.weight": fuse(B, layer.slices, layer.out_features)}
     if isinstance(layer, DoraLinear):
         tensors["lora_magnitude_vector"] = layer.magnitudes()
     if isinstance(layer, BiasedLinear):
@@ -50,7 +50,7 @@ def faults_outside_slices(path: str, layer: LoRALayer, tensors: dict[str, Tensor
     """What the file changes in rows that the model's adapter, by slices, leaves alone."""
     if not by_slices(layer):
         return []
-    expected = {"lora_B.weight": lambda B: _fuse(_split(B, layer.slices), layer.slices, layer.out_features)}
+    expected = {"lora_B.weight": lambda B: fuse(_split(B, layer.slices), layer.slices, layer.out_features)}
     if isinstance(layer, DoraLinear) and not layer.weight.is_meta:
         expected["lora_magnitude_vector"] = lambda m: spread(_rows(m, layer.slices), layer.slices, layer.magnitudes())
     if isinstance(layer, BiasedLinear):
@@ -69,7 +69,7 @@ def refuse_convolutions(layers: dict[str, LoRALayer]) -> None:
     frozen layer's shape does the same.
     """
     convolutions = {path: layer for path, layer in layers.items() if not isinstance(layer, Linear | Embedding)}
-    others = [path for path, layer in convolutions.items() if not layer.original or layer.groups > 1]
+    others = [path for path, layer in convolutions.items() if not layer.made_around or layer.groups > 1]
     if others:
         raise ValueError(
             "adapter files hold no convolutions with groups or with loralib's factors: load and save "
@@ -82,7 +82,7 @@ def by_slices(layer: LoRALayer) -> bool:
     return isinstance(layer, Linear) and layer.slices != ((0, layer.out_features),)
 
 
-def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
+def fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """B of the slices (their width, r) as one block matrix (out_features, G·r), zero outside the blocks."""
     fused = lora_B.new_zeros(out_features, len(slices) * lora_B.shape[1])
     blocks = lora_B.split([stop - start for start, stop in slices])
@@ -92,7 +92,7 @@ def _fuse(lora_B: Tensor, slices: Slices, out_features: int) -> Tensor:
 
 
 def _split(fused: Tensor, slices: Slices) -> Tensor:
-    """The inverse of _fuse."""
+    """The inverse of fuse."""
     columns = fused.chunk(len(slices), dim=1)
     return torch.cat([columns_g[start:stop] for (start, stop), columns_g in zip(slices, columns, strict=True)])
 

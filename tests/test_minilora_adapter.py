@@ -784,7 +784,7 @@ def test_slices_refuse_an_adapter_that_reaches_further(tmp_path):
 def test_a_merged_model_is_refused_until_unmerged(tmp_path):
     folder, model = write(tmp_path / "adapter"), adapted(seed=2, target_modules=["o_proj"])
     lora.merge(model)
-    assert_refused(model, folder, f"unmerge the model's adapter before loading another: {O_PROJ.format(0)}, {O_PROJ.format(1)}")
+    assert_refused(model, folder, f"unmerge it first: {O_PROJ.format(0)}, {O_PROJ.format(1)}")
     lora.unmerge(model)
     lora.load_adapter(model, folder)
 

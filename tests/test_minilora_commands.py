@@ -3,14 +3,16 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import rms_error, tiny_config, tiny_model
 
 import minilora as lora
 from minilora import phi3
 from minilora.cli import main
+from minilora.commands import PROBE
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,9 @@ def test_a_question_that_passes_the_context_is_not_asked_and_the_chat_goes_on(ch
 
 def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(trained, tiny_checkpoint, tmp_path, capsys):
     run("merge", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--output", tmp_path / "merged")
-    assert f"wrote {tmp_path / 'merged'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'merged'}" in said
+    assert f"{tiny_checkpoint} still holds the base, unchanged" in said
     merged, adapted = phi3.load(tmp_path / "merged"), lora.load_adapter(phi3.load(tiny_checkpoint), trained / "out" / "adapter")
     ids = torch.arange(40).view(2, 20)
     base = phi3.load(tiny_checkpoint)(ids)
@@ -162,11 +166,13 @@ def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(train
     assert phi3.load_tokenizer(tmp_path / "merged").encode("abc") == phi3.load_tokenizer(tiny_checkpoint).encode("abc")
 
 
-def test_merge_saves_a_head_that_was_trained_apart_from_its_embedding(tmp_path, capsys):
-    def base():
-        return tiny_model(tiny_config(tie_word_embeddings=True))
+def test_merge_saves_a_head_that_was_trained_apart_from_its_embedding(tiny_checkpoint, tmp_path, capsys):
+    config = replace(phi3.load(tiny_checkpoint).config, tie_word_embeddings=True)
 
-    phi3.save(base(), tmp_path / "base")
+    def base():
+        return tiny_model(config)
+
+    phi3.save(base(), tmp_path / "base", tokenizer_from=tiny_checkpoint)
     model = lora.inject(base(), lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]))
     torch.nn.init.normal_(model.lm_head.weight)
     lora.save_adapter(model, tmp_path / "adapter")
@@ -174,6 +180,30 @@ def test_merge_saves_a_head_that_was_trained_apart_from_its_embedding(tmp_path, 
     assert "head and embedding apart" in capsys.readouterr().out
     ids = torch.arange(40).view(2, 20)
     assert (phi3.load(tmp_path / "merged")(ids) - model(ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_measures_what_it_changed_on_the_given_weights(tiny_checkpoint, tmp_path, capsys, dtype):
+    phi3.save(phi3.load(tiny_checkpoint, dtype), tmp_path / "base", tokenizer_from=tiny_checkpoint)
+    model = lora.inject(phi3.load(tmp_path / "base"), lora.LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", "up_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    said = capsys.readouterr().out
+    ids = torch.tensor([phi3.load_tokenizer(tiny_checkpoint).encode(PROBE)])
+    unmerged, merged = model(ids), phi3.load(tmp_path / "merged")(ids)
+    base = phi3.load(tmp_path / "base")(ids)
+    pattern = r"once to (\w+) .*\n.* of (\d+) tokens, .* off by (\S+) of their RMS, where the adapter itself moves them by (\S+)"
+    found = re.search(pattern, said)
+    assert found[1] == str(dtype).removeprefix("torch.")
+    assert int(found[2]) == ids.numel()
+    assert float(found[3]) == pytest.approx(rms_error(merged, unmerged), rel=0.1)
+    assert float(found[4]) == pytest.approx(rms_error(unmerged, base), rel=0.1)
+    assert 0 < float(found[3]) < 4 * torch.finfo(dtype).eps
+    assert float(found[4]) > 0.01
 
 
 def test_merge_refuses_a_folder_that_holds_files(trained, tiny_checkpoint, capsys):

@@ -236,10 +236,15 @@ def test_all_faults_are_named_at_once(model):
     assert_refused_unchanged(model, config, "named whole and by its slices up_proj", "must share one r", "['nonsense'] match no")
 
 
-def test_a_second_injection_is_refused(model):
+def test_a_second_injection_of_one_name_is_refused(model):
     lora.inject(model, lora.LoraConfig(target_modules=["o_proj"]))
-    assert_refused_unchanged(model, lora.LoraConfig(target_modules=["down_proj"]), "has adapters already")
+    assert_refused_unchanged(model, lora.LoraConfig(target_modules=["down_proj"]), "has an adapter 'default' already")
     assert model.lora_config.target_modules == ["o_proj"]
+
+
+def test_injection_into_a_model_made_with_adapters_is_refused():
+    model = torch.nn.Sequential(lora.Linear(4, 4, r=2), torch.nn.Linear(4, 4))
+    assert_refused_unchanged(model, lora.LoraConfig(target_modules=["1"]), "made with adapters already")
 
 
 # What stays and what comes
