@@ -99,8 +99,8 @@ def inject(
 
     Raises:
         ValueError: a name matches nothing, a layer is named both whole and by slice or computes in a way of its own, slices of
-            one layer have unlike ranks, the model has an adapter of that name, or layers made with adapters, or a layer is
-            merged; all faults of the targets at once, and the model is unchanged.
+            one layer have unlike ranks, the model has an adapter of that name, one that contradicts this one, or layers made with
+            adapters, or a layer is merged; all faults of the targets at once, and the model is unchanged.
     """
     if adapted_layers(model) and not adapters_of(model).named:
         raise ValueError("this model is made with adapters already: inject takes one of plain layers")

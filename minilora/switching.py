@@ -125,8 +125,9 @@ def placed(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
 def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Puts each module everywhere that the model holds the one it is for, and the base's own modules everywhere else.
 
-    A module takes over the mode and the device from the one whose place it takes, and a layer the parameters of the base too:
-    to_empty, sharding and load_state_dict(assign=True) give the layers that are in the model new ones.
+    A module takes over the mode and the device from the one whose place it takes. Parameters of the base go from a layer to the
+    base's own module, and from there to the next layer: to_empty, sharding and load_state_dict(assign=True) give the layers that
+    are in the model new ones.
     """
     check_unmerged(model)
     adapters = adapters_of(model)
@@ -135,9 +136,10 @@ def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     for path, original in adapters.base.items():
         present, module = model.get_submodule(path), replacements.get(original, original)
         if module is not present:
-            if not copies & {module, present}:
-                for name, _ in list(original.named_parameters()):
-                    setattr(module, name, getattr(present, name))
+            for source, target in ((present, original), (original, module)):
+                if not copies & {source, target}:
+                    for name, _ in list(original.named_parameters(recurse=False)):
+                        setattr(target, name, getattr(source, name))
             device = next((parameter.device for parameter in present.parameters()), None)
             model.set_submodule(path, module.train(present.training).to(device))
 

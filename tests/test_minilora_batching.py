@@ -156,6 +156,26 @@ def test_the_logits_are_pefts_for_the_same_adapter_names(tmp_path):
         assert rms_error(model(IDS), theirs(IDS, adapter_names=names).logits) < 1e-5
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_row_may_use_an_adapter_that_starts_from_the_weight(start):
+    settings = {"r": 2, "target_modules": ["o_proj", "v_proj"], "init_lora_weights": start}
+    model, names = several({"offset": settings} | WHOLE), ["a", "offset", "__base__"]
+    expected = one_by_one(model, names, IDS[:3])
+    with lora.mixed_batch(model, names):
+        assert rms_error(model(IDS[:3]), expected) < 1e-5
+
+
+def test_transposed_layers_take_a_mixed_batch_too():
+    model, x = nn.Sequential(transformers.pytorch_utils.Conv1D(6, 4)), torch.randn(3, 1, 4)
+    for name in ("a", "b"):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+        nn.init.normal_(model[0].lora_B)
+    names = ["b", "__base__", "a"]
+    expected = one_by_one(model, names, x)
+    with lora.mixed_batch(model, names):
+        assert rms_error(model(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_every_adapter_gets_the_gradients_of_its_own_rows(gradient_checkpointing):
     model = several(WHOLE | SLICED).train()

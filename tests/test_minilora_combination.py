@@ -13,7 +13,6 @@ from torch import nn
 
 import minilora as lora
 from minilora import phi3
-from minilora.switching import Adapter, add_adapter
 
 IDS = torch.arange(22).view(2, 11)
 WHOLE = {
@@ -157,17 +156,50 @@ def test_a_module_in_two_places_stays_one_in_the_sum():
         assert model[0] is model[2] is linear
 
 
-def test_an_adapter_that_is_more_than_a_product_is_refused():
-    class Scaled(lora.Linear):
-        """As DoRA is: its layer computes another function of the factors."""
+@pytest.mark.parametrize("target_modules", [["o_proj"], ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_starts_from_the_weight_is_added_without_its_start(start, target_modules):
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": target_modules}
+    model = several({"offset": settings | {"init_lora_weights": start}, "a": WHOLE["a"]})
+    lora.set_adapter(model, "offset")
+    offset = model(IDS)
+    lora.add_weighted_adapter(model, ["offset"], [1.0], "same")
+    assert rms_error(model(IDS), offset) < 1e-5
+    lora.add_weighted_adapter(model, ["offset", "a", "offset"], [0.5, 2.0, -0.5], "sum")
+    lora.add_weighted_adapter(model, ["a"], [2.0], "twice")
+    twice = model(IDS)
+    lora.set_adapter(model, "sum")
+    assert rms_error(model(IDS), twice) < 1e-4
 
-    model = several({"a": WHOLE["a"]})
-    layers = {path: Scaled.around(module, torch.float32, r=2) for path, module in model.lora_adapters.base.items()}
-    add_adapter(model, "scaled", Adapter(lora.LoraConfig(r=2), layers))
-    with pytest.raises(ValueError, match=r"one product B A a layer .*, and is more in model\.layers\.0\.self_attn\.qkv_proj"):
-        lora.add_weighted_adapter(model, ["a", "scaled"], [1.0, 1.0], "sum")
-    with pytest.raises(ValueError, match=r"qkv_proj is Scaled"), lora.mixed_batch(model, ["a", "scaled"]):
+
+def test_transposed_layers_are_added_up_too():
+    model = nn.Sequential(transformers.pytorch_utils.Conv1D(6, 4))
+    base, x = copy.deepcopy(model), torch.randn(3, 4)
+    for name in ("a", "b"):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+        nn.init.normal_(model[0].lora_B)
+    lora.add_weighted_adapter(model, ["a", "b"], [0.5, -2.0], "sum")
+    a, b = (model.lora_adapters.named[name].layers["0"].delta() for name in ("a", "b"))
+    assert rms_error(model(x), base(x) + x @ (0.5 * a - 2 * b).T) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"use_dora": True}, "o_proj is DoraLinear"),
+        ({"lora_bias": True}, "o_proj is BiasedLinear"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head is Linear"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_product_is_refused(settings, kind):
+    model = several({"a": WHOLE["a"], "more": {"r": 2, "target_modules": ["o_proj"]} | settings})
+    expected = model(IDS)
+    path = r"lm_head" if "lm_head" in kind else r"model\.layers\.0\.self_attn\.o_proj"
+    with pytest.raises(ValueError, match=rf"one product B A a layer .*, and is more in {path}.*: switch to it with set_adapter"):
+        lora.add_weighted_adapter(model, ["a", "more"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match=rf"{kind} in more.*with set_adapter"), lora.mixed_batch(model, ["a", "more"]):
         pass
+    assert torch.equal(model(IDS), expected)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def test_a_compiled_model_follows_every_switch():
     lora.set_adapter(model, "default")
     assert rms_error(compiled(IDS), model(IDS)) < 1e-6
     assert rms_error(compiled(IDS), sliced) > 0.05
+    torch._dynamo.reset()  # what other tests compile is not to be compiled for every length
 
 
 def test_tied_weights_stay_tied_through_every_switch(folders):
@@ -237,6 +238,95 @@ def test_tied_weights_stay_tied_through_every_switch(folders):
         assert model.lm_head.weight is model.model.embed_tokens.weight
     with lora.disable_adapter(model):
         assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# Variants, and modules trained whole
+
+VARIANTS = {
+    "whole": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "low rank": {"r": 2, "target_modules": ["down_proj", "lm_head"]},
+    "dora": {"r": 3, "target_modules": ["q_proj", "o_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    "pissa": {"r": 2, "target_modules": ["o_proj", "v_proj"], "init_lora_weights": "pissa"},
+    "biased": {"r": 2, "target_modules": ["qkv_proj"], "lora_bias": True},
+}
+
+
+def fill_all(model, seed: int) -> None:
+    """Adapters, and modules trained whole."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in lora.lora_state_dict(model).items():
+        if "start" not in name:
+            nn.init.normal_(tensor, 0.0, 0.3, generator)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_variants_and_modules_trained_whole_are_switched_as_any_adapter(tied):
+    def base():
+        return tiny_model(tiny_config(tie_word_embeddings=tied))
+
+    model, expected = base(), {"__base__": base()(IDS)}
+    modules = dict(model.named_modules())
+    for seed, (name, settings) in enumerate(VARIANTS.items()):
+        lone = lora.inject(base(), lora.LoraConfig(**settings))
+        lora.inject(model, lora.LoraConfig(**settings), adapter_name=name)
+        assert rms_error(model(IDS), expected["__base__"]) < 1e-6  # made from the base, whatever was active before
+        fill_all(lone, seed)
+        fill_all(model, seed)
+        expected[name] = lone(IDS)
+    for name in ["whole", "low rank", "dora", "dora", "pissa", "whole", "biased", "low rank"]:
+        lora.set_adapter(model, name)
+        assert torch.equal(model(IDS), expected[name]), name
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (tied and name not in ("whole", "dora"))
+        with lora.disable_adapter(model):
+            assert torch.equal(model(IDS), expected["__base__"])
+    lora.remove(model)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(IDS), expected["__base__"])
+
+
+def test_new_parameters_of_the_base_leave_modules_trained_whole_alone():
+    model, other = fresh(), tiny_model(tiny_config(), seed=7)
+    lora.inject(model, lora.LoraConfig(**VARIANTS["whole"]), adapter_name="whole")
+    fill_all(model, 0)
+    head = model.lm_head.weight
+    lora.inject(model, lora.LoraConfig(**VARIANTS["low rank"]), adapter_name="low rank")
+    model.load_state_dict(other.state_dict(), strict=False, assign=True)
+    lora.set_adapter(model, "whole")
+    assert model.lm_head.weight is head
+    with lora.disable_adapter(model):
+        assert torch.equal(model(IDS), other(IDS))
+
+
+def test_a_module_trained_whole_follows_the_mode_of_its_place():
+    model = fresh().train()
+    lora.inject(model, lora.LoraConfig(target_modules=["o_proj"], modules_to_save=["mlp"]), adapter_name="whole")
+    with lora.disable_adapter(model.eval()):
+        assert not any(module.training for module in model.modules())
+        model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_a_module_trained_whole_by_one_holds_nothing_that_another_adapts():
+    model = fresh()
+    lora.inject(model, lora.LoraConfig(target_modules=["down_proj"]))
+    expected, paths = model(IDS), dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"one adapter trains whole holds .* adapts: model\.layers\.0\.mlp\.down_proj"):
+        lora.inject(model, lora.LoraConfig(target_modules=["o_proj"], modules_to_save=["mlp"]), adapter_name="whole")
+    assert dict(model.named_modules()) == paths
+    assert list(model.lora_adapters.named) == ["default"]
+    assert torch.equal(model(IDS), expected)
+
+
+@pytest.mark.parametrize("order", [["none", "all"], ["all", "none"]])
+def test_an_adapter_that_trains_biases_of_the_base_shares_it_with_none(order):
+    model = nn.Sequential(nn.Linear(4, 4))
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"], bias=order[0]), adapter_name=order[0])
+    with pytest.raises(ValueError, match=r"trains biases of the base \(all\) must be the model's only one"):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"], bias=order[1]), adapter_name=order[1])
+    assert list(model.lora_adapters.named) == [order[0]]
+
+
+# What is refused
 
 
 def test_a_merged_adapter_is_neither_switched_nor_disabled(model, folders, logits):
