@@ -19,7 +19,7 @@ from minilora.layers import Linear, MergedLinear
 from minilora.offset import OffsetLinear
 from minilora.switching import BASE, adapters_of, placed
 
-MIXABLE = (Linear, MergedLinear, OffsetLinear)
+MIXABLE = (Linear, MergedLinear, OffsetLinear)  # what they add is their factors() and no more
 
 
 class Group(NamedTuple):

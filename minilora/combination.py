@@ -21,7 +21,7 @@ from minilora.offset import OffsetLinear
 from minilora.peft_tensors import by_slices, fuse
 from minilora.switching import Adapter, adapters_of, add_adapter
 
-SUMMABLE = {*KINDS.values(), MergedLinear, OffsetLinear}
+SUMMABLE = {*KINDS.values(), MergedLinear, OffsetLinear}  # what they add is their factors() and no more
 
 
 @torch.no_grad()

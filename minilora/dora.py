@@ -72,7 +72,7 @@ class DoraLinear(MergedLinear):
         y = turned * gains if self.bias is None else turned * gains + self.bias
         if self.training and self.lora_dropout:
             y = y + F.linear(x - dropped, self.matrix)
-        return y.to(x.dtype)  # rounded once: gains near 1 need more digits than bfloat16 has
+        return y.to(turned.dtype)  # rounded once: gains near 1 need more digits than bfloat16 has
 
     def delta(self) -> Tensor:
         rows = torch.cat([self.matrix[start:stop] for start, stop in self.slices])

@@ -424,6 +424,39 @@ def test_layers_compile_without_a_break(kind):
             assert rms_error(actual, eager) < 1e-6
 
 
+VARIANTS = {
+    "low rank": {},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+def net_with(settings):
+    """Two linear layers with adapters of a variant, and a batch for them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6))
+    return filled(lora.inject(net, lora.LoraConfig(r=2, target_modules=["0", "2"], **settings))), torch.randn(3, 8)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_variants_compile_without_a_break(settings):
+    net, x = net_with(settings)
+    factors = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    outputs = net(x), torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    found, expected = ([y, *torch.autograd.grad(y.square().sum(), factors)] for y in outputs)
+    assert all(rms_error(actual, eager) < 1e-6 for actual, eager in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_variants_compute_in_the_dtype_of_autocast(settings):
+    net, x = net_with(settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    assert y.dtype == torch.bfloat16
+    assert rms_error(y, net(x)) < 0.03
+
+
 @pytest.mark.parametrize("name", ["our phi3", "convolutions"])
 def test_models_compile_without_a_break(name):
     make, x, target_modules = MODELS[name]

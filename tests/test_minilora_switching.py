@@ -284,6 +284,27 @@ def test_variants_and_modules_trained_whole_are_switched_as_any_adapter(tied):
     assert torch.equal(model(IDS), expected["__base__"])
 
 
+def test_variants_and_modules_trained_whole_are_loaded_beside_others_and_filled_again(tmp_path):
+    model, expected = fresh(), {}
+    for seed, (name, settings) in enumerate(VARIANTS.items()):
+        lone = lora.inject(fresh(), lora.LoraConfig(**settings))
+        fill_all(lone, seed)
+        lora.save_adapter(lone, tmp_path / name)
+        expected[name] = lone(IDS)
+        lora.load_adapter(model, tmp_path / name, adapter_name=name)
+    for name in [*VARIANTS, "whole"]:
+        lora.set_adapter(model, name)
+        assert rms_error(model(IDS), expected[name]) < 1e-6, name
+        fill_all(model, 9)
+        assert rms_error(model(IDS), expected[name]) > 0.05
+        lora.set_adapter(model, "low rank")
+        lora.load_adapter(model, tmp_path / name, adapter_name=name)
+        assert model.lora_adapters.active == name
+        assert rms_error(model(IDS), expected[name]) < 1e-6, name
+    with lora.disable_adapter(model):
+        assert torch.equal(model(IDS), fresh()(IDS))
+
+
 def test_new_parameters_of_the_base_leave_modules_trained_whole_alone():
     model, other = fresh(), tiny_model(tiny_config(), seed=7)
     lora.inject(model, lora.LoraConfig(**VARIANTS["whole"]), adapter_name="whole")
