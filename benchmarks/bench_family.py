@@ -4,16 +4,10 @@ A test counts for the variant in the brackets of its name and for every column w
 """
 
 import re
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
-from xml.etree import ElementTree
 
 from benchmarks import protocol
 
-ROOT = Path(__file__).parents[1]
 TESTS = ("tests/test_phi3_family.py", "tests/test_phi3_tokenizer.py")
 VARIANTS = (
     "phi-3-mini-4k", "phi-3-mini-128k", "phi-3.5-mini", "phi-3-medium-4k", "phi-3-medium-128k", "phi-4", "phi-4-reasoning",
@@ -24,14 +18,9 @@ COLUMNS = {word: word for word in ("config", "logits", "gradients", "cache", "te
 
 def main() -> None:
     """Runs the tests of the family, keeps the counts as JSON and the table as Markdown, and prints the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        subprocess.run([sys.executable, "-m", "pytest", *TESTS, f"--junitxml={report}"], cwd=ROOT)
-        rows = read_report(report.read_text(encoding="utf-8"))
+    rows = read_report(protocol.run_tests(*TESTS))
     protocol.write("family", rows)
-    path = protocol.RESULTS / "family.md"
-    path.write_text(table(rows), encoding="utf-8")
-    print(f"{table(rows)}\nwrote {path}")
+    protocol.write_table("family", table(rows))
 
 
 def read_report(report: str) -> list[dict]:
@@ -42,30 +31,21 @@ def read_report(report: str) -> list[dict]:
     """
     counts = {variant: {column: Counter() for column in COLUMNS.values()} for variant in VARIANTS}
     seconds = Counter()
-    for case in ElementTree.fromstring(report).iter("testcase"):
-        test, _, parameters = case.get("name").partition("[")
+    for case in protocol.cases(report):
         # The longest that fits: "phi-4" is in "phi-4-mini" too.
-        variant = max((v for v in VARIANTS if re.search(rf"\b{re.escape(v)}\b", parameters)), key=len, default=None)
+        variant = max((v for v in VARIANTS if re.search(rf"\b{re.escape(v)}\b", case["parameters"])), key=len, default=None)
         if variant is None:
             continue
-        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        seconds[variant] += float(case.get("time"))
+        seconds[variant] += case["seconds"]
         for word, column in COLUMNS.items():
-            if word in test:
-                counts[variant][column]["failed" if outcome in ("failure", "error") else outcome] += 1
+            if word in case["test"]:
+                counts[variant][column][case["outcome"]] += 1
     return [{"variant": v, **{c: dict(counts[v][c]) for c in counts[v]}, "seconds": round(seconds[v], 1)} for v in VARIANTS]
 
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown: the number of tests where all pass, what is amiss elsewhere."""
     columns = list(COLUMNS.values())
-    lines = [f"| variant | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    lines += [f"| {row['variant']} | {' | '.join(_cell(row[column]) for column in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(counts: dict[str, int]) -> str:
-    if counts.keys() == {"passed"}:
-        return f"✓ {counts['passed']}"
-    amiss = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("failed", "skipped", "passed") if outcome in counts)
-    return f"✗ {amiss or 'no test'}"
+    return protocol.markdown(
+        ["variant", *columns], [[row["variant"], *(protocol.cell(row[column]) for column in columns)] for row in rows]
+    )

@@ -3,13 +3,19 @@
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict:
@@ -30,3 +36,46 @@ def write(name: str, rows: list[dict]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     print(f"wrote {path}")
+
+
+def run_tests(*files: str) -> str:
+    """Runs the tests in files, by their paths from the root; their results as JUnit XML."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        subprocess.run([sys.executable, "-m", "pytest", *files, f"--junitxml={report}"], cwd=ROOT)
+        return report.read_text(encoding="utf-8")
+
+
+def cases(report: str) -> Iterator[dict]:
+    """Every test in JUnit XML: the stem of its file, its name, what stands in brackets behind it, its outcome and its seconds."""
+    for case in ElementTree.fromstring(report).iter("testcase"):
+        test, _, parameters = case.get("name").partition("[")
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        yield {
+            "file": case.get("classname", "").rpartition(".")[2],
+            "test": test,
+            "parameters": parameters.removesuffix("]"),
+            "outcome": "failed" if outcome in ("failure", "error") else outcome,
+            "seconds": float(case.get("time")),
+        }
+
+
+def cell(counts: Mapping[str, int]) -> str:
+    """Of a table of test results: the number of tests where all pass, else what is amiss."""
+    if counts.keys() == {"passed"}:
+        return f"✓ {counts['passed']}"
+    amiss = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("failed", "skipped", "passed") if outcome in counts)
+    return f"✗ {amiss or 'no test'}"
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]) + "\n"
+
+
+def write_table(name: str, table: str) -> None:
+    """Keeps a table in Markdown beside the result of the same name, and prints it."""
+    path = RESULTS / f"{name}.md"
+    path.write_text(table, encoding="utf-8")
+    print(f"{table}\nwrote {path}")

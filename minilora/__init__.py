@@ -7,10 +7,15 @@ import importlib
 
 _ROOMS = {
     "config": ["LoraConfig", "TrainConfig"],
-    "layers": ["Linear", "MergedLinear"],
-    "injection": ["inject"],
+    "layers": ["LoRALayer", "Linear", "MergedLinear"],
+    "embedding": ["Embedding"],
+    "convolution": ["Conv1d", "Conv2d", "Conv3d"],
+    "injection": ["inject", "remove"],
     "trainable": ["mark_only_lora_as_trainable", "lora_state_dict"],
     "adapter": ["save_adapter", "load_adapter"],
+    "switching": ["set_adapter", "disable_adapter"],
+    "combination": ["add_weighted_adapter"],
+    "batching": ["mixed_batch"],
     "merging": ["merge", "unmerge"],
     "data": ["read_conversations", "encode_conversations"],
     "training": ["train"],

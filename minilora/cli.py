@@ -53,6 +53,13 @@ Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):
 """
 )
 
+EXPORT_HELP = """Makes an adapter over for another reader, without the base model; every layer's ΔW stays the same.
+
+  peft   as PEFT itself would write it, without what is minilora's own
+  vllm   one rank for all layers (8, 16, 32, 64, 128, 256, 320 or 512, padded with zeros) and one scale (others folded into B),
+         since vLLM skips rank_pattern and alpha_pattern without a word; it cannot apply DoRA, biases or modules saved whole
+"""
+
 
 def _defaults() -> str:
     tables = (("training", TrainConfig), ("peft", LoraConfig))
@@ -119,8 +126,16 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
     merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
 
+    export = command("export", "make an adapter over for another reader", EXPORT_HELP)
+    export.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the adapter made over")
+    export.add_argument("--for", dest="reader", choices=["peft", "vllm"], required=True, help="who shall read it")
+
     info = command("info", "what is in a checkpoint or an adapter, and what a LoRA config would train in it")
     info.add_argument("model", metavar="MODEL", help="a checkpoint or an adapter: a folder, or an id on the Hugging Face hub")
+    info.add_argument(
+        "--model", dest="base", metavar="BASE", help="of an adapter: a checkpoint, to see whether the adapter fits it"
+    )
     _revision(info)
     _settings(info)
     return parser

@@ -3,19 +3,25 @@
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import minilora as lora
 from minilora import phi3
-from minilora.adapter import read_adapter_config, read_adapter_tensors
+from minilora.adapter import read_adapter_config
 from minilora.config import LoraConfig, read_run_config
 from minilora.data import Example
+from minilora.export import export_adapter
 from minilora.injection import find_targets
+from minilora.inspection import Inspection, inspect_adapter, misfits
 from minilora.kernels import backend
+from minilora.peft_config import read_peft_config
 from minilora.trainable import count_parameters
+
+PROBE = "The key is under the mat, and the tea is ready in three minutes."  # what merge is measured on
 
 
 def demo(args: Namespace) -> None:
@@ -130,24 +136,84 @@ def merge(args: Namespace) -> None:
     if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
     folder = _checkpoint(args, phi3.CHECKPOINT_FILES)
+    ids = torch.tensor([phi3.load_tokenizer(folder).encode(PROBE)])
     model = lora.load_adapter(phi3.load(folder), args.adapter)
-    lora.merge(model)
+    with torch.no_grad():
+        with lora.disable_adapter(model):
+            base = model(ids)
+        unmerged = model(ids)
+        lora.merge(model)
+        merged = model(ids)
+    rounding = torch.finfo(model.lm_head.weight.dtype).eps / 2
+    print(
+        f"merged in float32, each weight rounded once to {_dtype_of(model)} (by at most {rounding:.1e} of it)\n"
+        f"logits of {ids.numel()} tokens, merged against unmerged: off by {_difference(merged, unmerged):.1e} of their RMS, "
+        f"where the adapter itself moves them by {_difference(unmerged, base):.1e}"
+    )
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        model.config = replace(model.config, tie_word_embeddings=False)
+        print("the adapter was trained with head and embedding apart, and they are saved so")
     phi3.save(model, args.output, tokenizer_from=folder)
-    print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}")
+    print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}; {folder} still holds the base, unchanged")
+
+
+def _difference(logits: Tensor, reference: Tensor) -> float:
+    """RMS(logits − reference) / RMS(reference), found in float64: beside it the logits' own dtype must not show."""
+    logits, reference = logits.double(), reference.double()
+    return float(torch.linalg.vector_norm(logits - reference) / torch.linalg.vector_norm(reference))
+
+
+def export(args: Namespace) -> None:
+    if args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
+    rescaled = export_adapter(args.adapter, args.output, args.reader)
+    made = read_peft_config(args.output).lora
+    print(f"wrote {args.output} for {args.reader}: r {made.r}, alpha {made.lora_alpha}")
+    if rescaled:
+        print(f"B of {len(rescaled)} layers was multiplied to share that scale, and rounded once: {', '.join(rescaled)}")
 
 
 def info(args: Namespace) -> None:
     folder = _fetch(args, phi3.TEXT_FILES)
     if (folder / "adapter_config.json").exists():
-        config = read_adapter_config(folder)
-        sizes = [tensor.numel() for tensor in read_adapter_tensors(phi3.fetch(args.model, args.revision)).values()]
-        print(f"{args.model}: a LoRA adapter, {_settings(config)}; {sum(sizes):,} parameters for {len(sizes) // 2} layers")
-        return
+        _tell_adapter(args, inspect_adapter(phi3.fetch(args.model, args.revision)))
+    elif args.base:
+        raise ValueError(f"--model is the base for an adapter, and {args.model} is none")
+    else:
+        _tell_checkpoint(args, folder)
+
+
+def _tell_adapter(args: Namespace, found: Inspection) -> None:
+    sizes, updates = [tensor.numel() for tensor in found.tensors.values()], found.updates
+    print(
+        f"{args.model}: a {found.kind} adapter, {_settings(found.config)}; {sum(sizes):,} parameters for {len(updates)} layers\n"
+        f"made for {found.stored.base or 'a base that it does not name'}"
+    )
+    if found.stored.lora.init_lora_weights is not True:
+        print(f"its base lacks the start by {found.stored.lora.init_lora_weights}, which loading finds again and subtracts")
+    width = max(map(len, updates), default=0)
+    for path, update in updates.items():
+        print(f"  {path:{width}}  rank {update.rank:<4} scale {update.scaling:<8.4g} norm of ΔW {update.norm:.4g}")
+    if found.others:
+        print(f"  and {', '.join(found.others)}")
+    if args.base:
+        faults = misfits(found, _on_meta(phi3.fetch(args.base, files=phi3.TEXT_FILES)))
+        if faults:
+            raise ValueError(f"{args.model} does not fit {args.base}:\n  " + "\n  ".join(faults))
+        print(f"it fits {args.base}: every name and every shape")
+
+
+def _on_meta(folder: Path) -> phi3.Phi3ForCausalLM:
+    """The model of a checkpoint without its weights."""
+    with torch.device("meta"):
+        return phi3.Phi3ForCausalLM(phi3.Phi3Config.read(folder / "config.json"))
+
+
+def _tell_checkpoint(args: Namespace, folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{args.model} must hold config.json (a checkpoint) or adapter_config.json (an adapter)")
-    with torch.device("meta"):
-        config = phi3.Phi3Config.read(folder / "config.json")
-        model = phi3.Phi3ForCausalLM(config)
+    model = _on_meta(folder)
+    config = model.config
     head = "head tied to the embedding" if config.tie_word_embeddings else "head of its own"
     print(f"{args.model}: Phi-3 with {count_parameters(model)[1]:,} parameters, {head}")
     print(f"  {config.num_hidden_layers} layers, hidden size {config.hidden_size}, MLP {config.intermediate_size}")
@@ -155,9 +221,10 @@ def info(args: Namespace) -> None:
     window = config.sliding_window or "none"
     print(f"  vocabulary {config.vocab_size}, up to {config.max_position_embeddings} tokens, sliding window {window}")
     run = read_run_config(args.config, args.set)
-    targets = find_targets(model, run.peft)
-    trainable = sum(target.parameters for target in targets)
-    print(f"an adapter of {_settings(run.peft)} would train {trainable:,} parameters in {len(targets)} layers")
+    layers = len(find_targets(model, run.peft))
+    lora.mark_only_lora_as_trainable(lora.inject(model, run.peft))
+    trainable, _ = count_parameters(model)
+    print(f"an adapter of {_settings(run.peft)} would train {trainable:,} parameters in {layers} layers")
 
 
 def load_model(
@@ -219,7 +286,11 @@ def describe_adapter(model: phi3.Phi3ForCausalLM, config: LoraConfig) -> str:
 
 def _settings(config: LoraConfig) -> str:
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
-    return f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} on {targets}"
+    variants = [name for name in ("use_rslora", "use_dora", "lora_bias") if getattr(config, name)]
+    variants += [config.init_lora_weights] if config.init_lora_weights is not True else []
+    variants += [f"biases: {config.bias}"] if config.bias != "none" else []
+    variants += [f"trained whole: {name}" for name in config.modules_to_save or []]
+    return ", ".join([f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} on {targets}", *variants])
 
 
 def _dtype_of(model: phi3.Phi3ForCausalLM) -> str:

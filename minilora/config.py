@@ -11,6 +11,8 @@ from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 Schedule = Literal["cosine", "linear"]
+Bias = Literal["none", "all", "lora_only"]
+STARTS = (True, "pissa", "olora")  # of lora_A and lora_B
 
 
 def _at_least(least: float):
@@ -38,7 +40,13 @@ RULES = {
         lambda value: value and (isinstance(value, list) or _is_pattern(value)),
         "must name at least one module, or be a pattern for some",
     ),
-    "use_dora": (lambda value: not value, "is not supported yet and must be False"),
+    "exclude_modules": (
+        lambda value: not isinstance(value, str) or _is_pattern(value),
+        "must name modules, or be a pattern for some",
+    ),
+    "layers_pattern": (lambda value: _are_patterns(value or []), "must hold regular expressions"),
+    "bias": (lambda value: value in get_args(Bias), f"must be one of {', '.join(get_args(Bias))}"),
+    "init_lora_weights": (lambda value: value in STARTS, f"must be one of {', '.join(map(repr, STARTS))}"),
     "rank_pattern": (
         lambda value: _are_patterns(value) and all(rank >= 1 for rank in value.values()),
         "must map regular expressions to ranks of at least 1",
@@ -49,6 +57,7 @@ RULES = {
     ),
     "lr_scheduler_type": (lambda value: value in get_args(Schedule), f"must be one of {', '.join(get_args(Schedule))}"),
     "learning_rate": (lambda value: 0 < value < math.inf, "must be positive"),
+    "loraplus_lr_ratio": (lambda value: 0 < value < math.inf, "must be positive"),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
     "num_train_epochs": (lambda value: 0 < value < math.inf, "must be positive"),
     "max_steps": (lambda value: value == -1 or value >= 1, "must be -1 or at least 1"),
@@ -73,8 +82,8 @@ class BrokenSettings(ValueError):
         self.faults = faults
 
 
-def _check(config) -> None:
-    """Raises BrokenSettings with every field that is of another type than annotated, or breaks its rule."""
+def _faults(config) -> list[str]:
+    """Every field that is of another type than annotated, or breaks its rule."""
     faults = []
     for item in dataclasses.fields(config):
         value, (keeps, rule) = getattr(config, item.name), RULES.get(item.name, (lambda _: True, ""))
@@ -82,6 +91,11 @@ def _check(config) -> None:
             faults.append(f"{item.name} must be {_spelled(item.type)}, not {value!r}")
         elif not keeps(value):
             faults.append(f"{item.name} {rule}, not {value!r}")
+    return faults
+
+
+def _check(config) -> None:
+    faults = _faults(config)
     if faults:
         raise BrokenSettings(faults)
 
@@ -121,13 +135,36 @@ class LoraConfig:
     lora_dropout: float = 0.0  # probability with which the adapter's input loses an element in training
     # Module names (a path, or the end of one), a regular expression over whole paths, or "all-linear": all but lm_head.
     target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None  # names or an expression as above, for modules to leave alone
+    layers_to_transform: list[int] | int | None = None  # numbers of the layers to adapt, of those that a list of targets names
+    layers_pattern: list[str] | str | None = None  # names of the module lists that those numbers count; any list when None
     use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)
-    use_dora: bool = False  # not supported yet: True is refused
+    use_dora: bool = False  # a trained length for each row of the adapted weight (Liu et al. 2024): minilora.dora
     rank_pattern: dict[str, int] = field(default_factory=dict)  # path or end of path → its own r
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own lora_alpha
+    init_lora_weights: bool | str = True  # lora_B starts at zero; or "pissa", "olora": minilora.offset
+    lora_bias: bool = False  # lora_B has a bias, trained too
+    bias: Bias = "none"  # biases of the base model that are trained too
+    modules_to_save: list[str] | None = None  # ends of paths: modules that are trained whole, and saved with the adapter
 
     def __post_init__(self):
-        _check(self)
+        faults = _faults(self)
+        if not faults:
+            faults = [text for wrong, text in self._conflicts() if wrong]
+        if faults:
+            raise BrokenSettings(faults)
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """Pairs of settings that contradict one another: whether they do, and how it is said."""
+        by_layer, starts_off = self.layers_to_transform not in (None, []), self.init_lora_weights is not True
+        return [
+            (by_layer and isinstance(self.target_modules, str), "layers_to_transform needs a list of target_modules, not a text"),
+            (bool(self.layers_pattern) and not by_layer, "layers_pattern needs layers_to_transform"),
+            (self.lora_bias and self.use_dora, "lora_bias and use_dora exclude one another"),
+            (self.lora_bias and starts_off, "lora_bias needs init_lora_weights = True"),
+            (self.use_dora and starts_off, "use_dora needs init_lora_weights = True"),
+            (starts_off and self.lora_dropout > 0, f"init_lora_weights = {self.init_lora_weights!r} needs lora_dropout = 0"),
+        ]
 
     def rank(self, path: str) -> int:
         """The r of the module at a path."""
@@ -159,6 +196,7 @@ class TrainConfig:
     """
 
     learning_rate: float = 1e-4  # at its peak
+    loraplus_lr_ratio: float = 1.0  # times as much for lora_B, "LoRA+" (Hayou et al. 2024): about 16 there; 1 trains all alike
     lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up
     warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
     num_train_epochs: float = 1.0  # passes over the data
@@ -202,7 +240,7 @@ DECIDED = {
         "do_eval": None, "remove_unused_columns": None, "log_level": None, "logging_strategy": ("steps",),
         "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     },
-    "peft": {"bias": ("none",), "task_type": ("CAUSAL_LM",), "modules_to_save": ([], "None")},
+    "peft": {"task_type": ("CAUSAL_LM",)},
 }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """Adapters into the weights and out again: W + scaling · B A, found in float32 and rounded once to the weight's dtype."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minilora.layers import Linear
+from minilora.layers import LoRALayer, adapted_layers
+from minilora.lora_bias import BiasedLinear
 
 
-def _layers(model: nn.Module, merged: bool) -> dict[str, Linear]:
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+def _layers(model: nn.Module, merged: bool) -> dict[str, LoRALayer]:
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapter to merge or unmerge")
     wrong = [path for path, layer in layers.items() if layer.merged != merged]
@@ -23,33 +24,61 @@ def merge(model: nn.Module) -> None:
 
     The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory.
 
+    A weight that several modules share (tied embedding and head) stays one parameter. It is merged where all of those modules
+    carry the same ΔW; where they do not, no single weight computes what the unmerged model does, and merging is refused.
+
     Raises:
-        ValueError: there is no adapter, one is merged already, a weight is shared with another module, or a merged weight would
-            not be finite; nothing changes then.
+        ValueError: there is no adapter, one is merged already or has a bias, a merged weight would not be finite, or a shared
+            weight would have to differ from module to module; nothing changes then.
     """
-    layers, merged = _layers(model, merged=False), {}
-    shared = _shared_weights(model, layers)
-    if shared:
-        raise ValueError(f"a merged weight must be its layer's alone, and these are one weight: {'; '.join(shared)}")
-    for path, layer in layers.items():
-        weight, delta = layer.weight.detach().clone(), layer.delta()
-        widths = [stop - start for start, stop in layer.slices]
-        for (start, stop), part in zip(layer.slices, delta.split(widths), strict=True):
-            weight[start:stop] = weight[start:stop].to(part.dtype) + part  # rounded once, here
-        merged[path] = weight
+    layers = _layers(model, merged=False)
+    biased = [path for path, layer in layers.items() if isinstance(layer, BiasedLinear)]
+    if biased:
+        raise ValueError(f"lora_bias cannot be merged into a weight; it stands in {', '.join(biased)}")
+    merged = {path: _sum(layer).to(layer.weight.dtype) for path, layer in layers.items()}  # rounded once, here
     infinite = [path for path, weight in merged.items() if not weight.isfinite().all()]
     if infinite:
         raise ValueError(f"merged weights must be finite; NaN or infinity came out in {', '.join(infinite)}: check the adapter")
-    for path, layer in layers.items():
-        layer.base_weight, layer.weight.data, layer.merged = layer.weight.data, merged[path], True
+    torn = _torn_weights(model, layers)
+    if torn:
+        raise ValueError(
+            "a weight that modules share can be merged only where all of them carry the same adapter, and these do not: "
+            f"{'; '.join(torn)}: keep the adapter unmerged, or give each module a weight of its own before merging"
+        )
+    weights = {layer.weight: merged[path] for path, layer in layers.items()}  # one for modules that share theirs
+    for layer in layers.values():
+        layer.register_buffer("base_weight", layer.weight.data, persistent=False)  # a buffer, so that it moves with the model
+    for layer in layers.values():
+        layer.weight.data, layer.merged = weights[layer.weight], True
 
 
-def _shared_weights(model: nn.Module, layers: dict[str, Linear]) -> list[str]:
-    """For each adapted layer whose weight other modules use too, the names of all."""
-    owners = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    return [" and ".join(owners[layer.weight]) for layer in layers.values() if len(owners[layer.weight]) > 1]
+def _sum(layer: LoRALayer) -> Tensor:
+    """The merged weight before it is rounded."""
+    delta = layer.delta()
+    weight = layer.weight.to(torch.promote_types(layer.weight.dtype, delta.dtype), copy=True)
+    rows = weight.T if layer.fan_in_fan_out else weight
+    for (start, stop), part in zip(layer.slices, delta.split([stop - start for start, stop in layer.slices]), strict=True):
+        rows[start:stop] += part
+    return weight
+
+
+def _torn_weights(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str]:
+    """The shared weights that would have to be merged into different ones, each by all its names."""
+    owners: dict[nn.Parameter, dict[str, str]] = {}  # weight → path of a module that holds it → its name there
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, {})[path] = f"{path}.{name}"
+    shared = [owners[weight] for weight in {layer.weight for layer in layers.values()} if len(owners[weight]) > 1]
+    return [" and ".join(names.values()) for names in shared if not _merge_alike(list(names), layers)]
+
+
+def _merge_alike(paths: list[str], layers: dict[str, LoRALayer]) -> bool:
+    """Whether all of the modules that share a weight are adapted, and by the same ΔW up to float32's rounding."""
+    if not layers.keys() >= set(paths):
+        return False
+    first, *others = (_sum(layers[path]) for path in paths)
+    tolerance = 8 * torch.finfo(torch.float32).eps * float(first.abs().max())
+    return all(torch.allclose(first, other, rtol=0, atol=tolerance) for other in others)
 
 
 @torch.no_grad()

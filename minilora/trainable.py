@@ -1,29 +1,36 @@
 """Which parameters are the adapter's, and which of a model's parameters learn. loralib's verbs, with loralib's meaning."""
 
-from typing import Literal
+from typing import get_args
 
 from torch import Tensor, nn
 
-from minilora.layers import Linear
+from minilora.config import Bias, LoraConfig
+from minilora.injection import saved_modules
+from minilora.layers import adapted_layers
 
-Bias = Literal["none", "all", "lora_only"]
 
-
-def _chosen(model: nn.Module, bias: Bias) -> set[str]:
-    """Names of the adapters' parameters and of the biases that go with them."""
-    if bias not in ("none", "all", "lora_only"):
+def _chosen(model: nn.Module, bias: Bias | None) -> set[str]:
+    """Names, in the state dict, of the adapters' tensors, of the biases that go with them, and of the modules saved whole."""
+    config = getattr(model, "lora_config", LoraConfig())
+    bias = config.bias if bias is None else bias
+    if bias not in get_args(Bias):
         raise ValueError(f'bias must be "none", "all" or "lora_only", not {bias!r}')
-    names = {name for name, _ in model.named_parameters() if "lora_" in name}
+    state = model.state_dict()
+    names = {name for name in state if "lora_" in name}
     if bias == "all":
-        names |= {name for name, _ in model.named_parameters() if "bias" in name}
+        names |= {name for name in state if "bias" in name}
     if bias == "lora_only":
-        layers = {path for path, module in model.named_modules() if isinstance(module, Linear) and module.bias is not None}
-        names |= {f"{path}.bias".removeprefix(".") for path in layers}
-    return names
+        layers = adapted_layers(model).items()
+        names |= {f"{path}.bias".removeprefix(".") for path, layer in layers if getattr(layer, "bias", None) is not None}
+    return names | {f"{path}.{name}" for path, module in saved_modules(model, config).items() for name in module.state_dict()}
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freezes every parameter but the adapters' and, with "all", every bias or, with "lora_only", the adapted layers' biases.
+def mark_only_lora_as_trainable(model: nn.Module, bias: Bias | None = None) -> None:
+    """Freezes every parameter but the adapters', the modules to save, and the biases: with "all" every one, with "lora_only"
+    those of adapted layers, with "none" no one.
+
+    Args:
+        bias: as the model's LoraConfig says when None, or "none" where there is no config.
 
     Raises:
         ValueError: bias is none of the three, or the model has no adapter (everything would be frozen).
@@ -35,8 +42,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
-    """The part of the model's state dict that mark_only_lora_as_trainable would train with the same bias."""
+def lora_state_dict(model: nn.Module, bias: Bias | None = None) -> dict[str, Tensor]:
+    """The part of the model's state dict that mark_only_lora_as_trainable would train with the same bias, and with an adapter
+    that starts from the weight that start."""
     chosen = _chosen(model, bias)
     return {name: tensor for name, tensor in model.state_dict().items() if name in chosen}
 

@@ -18,6 +18,8 @@ from minilora.config import TrainConfig
 from minilora.data import Example, collate, shuffled_batches
 from minilora.evaluation import evaluate
 from minilora.kernels.cross_entropy import IGNORE
+from minilora.loraplus import parameter_groups
+from minilora.trainable import lora_state_dict
 
 
 @dataclass
@@ -58,8 +60,9 @@ def train(
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
     total = total_steps(len(dataset), config)
+    groups = parameter_groups(model, config.learning_rate, config.loraplus_lr_ratio)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
     batches = shuffled_batches(dataset, config.per_device_train_batch_size, config.seed)
     recorder = _Recorder(model, config, eval_dataset, output_dir and Path(output_dir), base, progress)
@@ -92,9 +95,10 @@ def _check(model: nn.Module, dataset: Sequence[Example], output_dir: Path | str 
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
     if output_dir and not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("output_dir takes adapters, and the model has none: inject one first")
-    lost = [name for name in trained if "lora_" not in name]
-    if output_dir and lost:
-        raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(lost)}")
+    if output_dir:
+        lost = set(trained) - lora_state_dict(model).keys()
+        if lost:
+            raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(sorted(lost))}")
     if output_dir:
         check_replaceable(Path(output_dir, "adapter"))
 

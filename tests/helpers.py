@@ -33,6 +33,18 @@ def largest_difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).abs().max() / (expected.max() - expected.min()))
 
 
+def outputs_and_gradients(layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of a loss that weighs every output differently: x's and every trained parameter's, by its name."""
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    y = layer(x)
+    (y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    gradients = {
+        name.rpartition(".")[2]: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad
+    }
+    return {"y": y, **({"x": x.grad} if x.grad is not None else {}), **gradients}
+
+
 class Multiplications(TorchDispatchMode):
     """Counts the multiplications of all matrix products run under it, those of backward included."""
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import re
@@ -35,6 +36,16 @@ WHOLE = {
         "alpha_pattern": {"model.layers.1.mlp.down_proj": 3.5, "qkv_proj": 1},
     },
     "rslora and patterns": {"target_modules": FUSED, "use_rslora": True, "rank_pattern": {"1.mlp.down_proj": 7}},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj", "0.mlp.down_proj"]},
+    "excluded by pattern": {"target_modules": r".*_proj", "exclude_modules": r".*\.1\..*"},
+    "layers": {"target_modules": FUSED, "layers_to_transform": 1},
+    "layers of a list": {"target_modules": FUSED, "layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
+    "modules to save": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "lora_bias": {"target_modules": FUSED, "lora_bias": True},
+    "lora_bias and rslora": {"target_modules": ["o_proj", "lm_head"], "lora_bias": True, "use_rslora": True},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"], "rank_pattern": {"embed_tokens": 3}},
+    "dora": {"target_modules": FUSED, "use_dora": True},
+    "dora and patterns": {"target_modules": FUSED, "use_dora": True, "use_rslora": True, "rank_pattern": {"1.mlp.down_proj": 7}},
 }
 SLICED = {
     "q and v": {"target_modules": ["q_proj", "v_proj"]},
@@ -48,7 +59,16 @@ SLICED = {
         "rank_pattern": {"0.self_attn.(q|v)_proj": 3, "o_proj": 4},
         "alpha_pattern": {"gate_proj": 5},
     },
+    "slices with lora_bias": {"target_modules": ["k_proj", "up_proj", "o_proj"], "lora_bias": True},
+    "slices with dora": {"target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"], "use_dora": True},
 }
+# Layers that start from the weight come back as ordinary ones of twice the rank.
+STARTED = {
+    "pissa": {"target_modules": FUSED, "init_lora_weights": "pissa"},
+    "olora": {"target_modules": FUSED, "init_lora_weights": "olora", "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"down": 3}},
+    "pissa and rslora": {"target_modules": ["o_proj", "lm_head"], "init_lora_weights": "pissa", "use_rslora": True},
+}
+SLICED_START = {"target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": "pissa"}
 named = pytest.mark.parametrize
 
 
@@ -66,7 +86,8 @@ def fill(parameters, seed: int = 1) -> None:
 def adapted(seed: int = 1, dtype=torch.float32, **settings):
     """A tiny Phi-3 with an adapter that is not zero."""
     model = lora.inject(fresh(), lora.LoraConfig(**{"r": 4, "lora_alpha": 6} | settings), dtype)
-    fill([parameter for name, parameter in model.named_parameters() if "lora_" in name], seed)
+    lora.mark_only_lora_as_trainable(model)
+    fill([parameter for parameter in model.parameters() if parameter.requires_grad], seed)
     return model
 
 
@@ -86,8 +107,9 @@ def assert_same_adapter(actual, expected) -> None:
         assert type(layer) is type(expected[path])
         for name in ("r", "lora_alpha", "lora_dropout", "scaling", "slices"):
             assert getattr(layer, name) == getattr(expected[path], name), (path, name)
-        for name in ("lora_A", "lora_B"):
-            found, wanted = getattr(layer, name), getattr(expected[path], name)
+        factors = {name: parameter for name, parameter in expected[path].named_parameters() if "lora_" in name}
+        for name, wanted in factors.items():
+            found = getattr(layer, name)
             assert found.dtype == wanted.dtype
             assert torch.equal(found, wanted), (path, name)
 
@@ -228,12 +250,199 @@ def test_we_read_pefts_adapter_as_the_same_function(tmp_path, hugging_face, sett
     base = hugging_face(IDS).logits
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, lora_dropout=0.1, **settings)
     theirs = peft.get_peft_model(hugging_face, config).eval()
-    fill([parameter for name, parameter in theirs.named_parameters() if "lora_" in name])
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
     theirs.save_pretrained(tmp_path / "adapter")
     model = lora.load_adapter(fresh(), tmp_path / "adapter")
     assert (theirs(IDS).logits - model(IDS)).abs().max() < 1e-5
     assert rms_error(model(IDS), base) > 0.05
     assert {layer.lora_dropout for layer in layers(model).values()} == {0.1}
+    lora.save_adapter(model, tmp_path / "again")
+    assert_same_tensors(tmp_path / "again", tmp_path / "adapter")
+
+
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    """Bitwise, but for the frozen weights that PEFT writes along."""
+    found, wanted = load_file(folder / TENSORS), load_file(expected / TENSORS)
+    wanted = {name: tensor for name, tensor in wanted.items() if not name.endswith("base_layer.weight")}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@named("settings", (WHOLE | SLICED).values(), ids=WHOLE | SLICED)
+def test_what_peft_reads_of_ours_it_writes_again_as_it_was(tmp_path, hugging_face, settings):
+    lora.save_adapter(adapted(**settings), tmp_path / "adapter")
+    peft.PeftModel.from_pretrained(hugging_face, tmp_path / "adapter").save_pretrained(tmp_path / "again")
+    found, wanted = load_file(tmp_path / "again" / TENSORS), load_file(tmp_path / "adapter" / TENSORS)
+    assert wanted.keys() <= found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# PiSSA and OLoRA
+
+
+@named("settings", [*STARTED.values(), SLICED_START], ids=[*STARTED, "slices"])
+def test_a_start_from_the_weight_is_saved_as_an_ordinary_adapter_of_the_unchanged_base(tmp_path, hugging_face, settings):
+    model = adapted(**settings)
+    lora.save_adapter(model, tmp_path / "adapter")
+    base = hugging_face(IDS).logits
+    theirs = peft.PeftModel.from_pretrained(hugging_face, tmp_path / "adapter").eval()
+    assert theirs.peft_config["default"].init_lora_weights is True
+    assert rms_error(theirs(IDS).logits, model(IDS)) < 1e-5
+    assert rms_error(model(IDS), base) > 0.05
+    loaded = lora.load_adapter(fresh(), tmp_path / "adapter")
+    assert rms_error(loaded(IDS), model(IDS)) < 1e-5
+    lora.save_adapter(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / "adapter" / TENSORS).read_bytes()
+
+
+@named("settings", STARTED.values(), ids=STARTED)
+def test_pefts_adapter_of_a_base_without_its_start_becomes_one_of_the_whole_base(tmp_path, hugging_face, settings):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, lora_dropout=0.1, **settings)
+    theirs = peft.get_peft_model(hugging_face, config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:  # near its start, as after training
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    loaded = lora.load_adapter(fresh(), tmp_path / "adapter")
+    assert rms_error(loaded(IDS), theirs(IDS).logits) < 1e-5
+    assert rms_error(loaded(IDS), fresh()(IDS)) > 0.05
+
+
+# Tied heads
+
+
+@named(
+    "settings",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_tied_heads_travel_both_ways_as_the_same_function(tmp_path, settings):
+    phi3.save(fresh(tie_word_embeddings=True), tmp_path / "base")
+
+    def base():
+        return transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **settings)
+    theirs = peft.get_peft_model(base(), config).eval()
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lora.load_adapter(fresh(tie_word_embeddings=True), tmp_path / "theirs")
+    assert rms_error(ours(IDS), theirs(IDS).logits) < 1e-5
+    lora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert rms_error(again(IDS).logits, ours(IDS)) < 1e-5
+    assert rms_error(ours(IDS), fresh(tie_word_embeddings=True)(IDS)) > 0.05
+    lora.remove(ours)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+# Convolutions
+
+
+class Convolutions(nn.Module):
+    """A net of every kind of convolution, with stride and padding. (PEFT forgets dilation and fails on it.)"""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.flat = nn.Conv1d(4, 6, 3, padding=1)
+        self.image = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1)
+        self.volume = nn.Conv3d(2, 4, 2, bias=False)
+
+    def forward(self, flat, image, volume):
+        return torch.cat([self.flat(flat).flatten(), self.image(image).flatten(), self.volume(volume).flatten()])
+
+
+@named("settings", [{}, {"use_rslora": True, "rank_pattern": {"image": 4}, "alpha_pattern": {"volume": 2}}])
+def test_convolutions_travel_both_ways_as_the_same_function(tmp_path, settings):
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": ["flat", "image", "volume"]} | settings
+    x = torch.randn(1, 4, 7), torch.randn(1, 3, 9, 8), torch.randn(1, 2, 4, 5, 3)
+    theirs = peft.get_peft_model(Convolutions(), peft.LoraConfig(**settings))
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lora.load_adapter(Convolutions(), tmp_path / "theirs")
+    assert rms_error(ours(*x), theirs(*x)) < 1e-6
+    assert rms_error(ours(*x), Convolutions()(*x)) > 0.05
+    lora.save_adapter(ours, tmp_path / "ours")
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(Convolutions(), tmp_path / "ours")
+    assert rms_error(again(*x), ours(*x)) < 1e-6
+
+
+# Weights stored as (in, out)
+
+
+@named("settings", [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])
+def test_gpt2s_transposed_layers_travel_both_ways_as_the_same_function(tmp_path, settings):
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    base, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(14).view(2, 7)
+    before = base(ids).logits
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "c_fc"]} | settings
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    fill([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / CONFIG).read_text())["fan_in_fan_out"] is True
+    ours = lora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert rms_error(ours(ids).logits, theirs(ids).logits) < 1e-5
+    assert rms_error(ours(ids).logits, before) > 0.05
+    lora.save_adapter(ours, tmp_path / "ours")
+    if "init_lora_weights" not in settings:
+        assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert rms_error(again(ids).logits, ours(ids).logits) < 1e-5
+    if not settings.get("lora_bias"):
+        expected = ours(ids).logits
+        lora.merge(ours)
+        assert rms_error(ours(ids).logits, expected) < 1e-5
+        lora.unmerge(ours)
+    assert torch.equal(lora.remove(ours)(ids).logits, before)
+
+
+# Biases
+
+
+class Biased(nn.Module):
+    """Two layers with biases, and a norm with one between them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@named("lora_bias", [False, True])
+@named("modules_to_save", [None, ["last"]])
+@named("bias", ["all", "lora_only"])
+def test_trained_biases_travel_to_peft_and_back(tmp_path, bias, modules_to_save, lora_bias):
+    settings = {"target_modules": ["first"], "bias": bias, "modules_to_save": modules_to_save, "lora_bias": lora_bias}
+    ours, x = lora.inject(Biased(), lora.LoraConfig(r=2, **settings)), torch.randn(5, 6)
+    lora.mark_only_lora_as_trainable(ours)
+    fill([parameter for parameter in ours.parameters() if parameter.requires_grad])
+    lora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(Biased(), tmp_path / "ours")
+    assert rms_error(theirs(x), ours(x)) < 1e-6
+    assert rms_error(ours(x), Biased()(x)) > 0.05
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = lora.load_adapter(Biased(), tmp_path / "theirs")
+    assert rms_error(loaded(x), ours(x)) < 1e-6
+    lora.save_adapter(loaded, tmp_path / "again")
+    assert_same_tensors(tmp_path / "again", tmp_path / "ours")
+
+
+def test_biases_that_are_not_trained_are_not_saved(tmp_path):
+    lora.save_adapter(lora.inject(Biased(), lora.LoraConfig(r=2)), tmp_path / "adapter")
+    assert not any("bias" in name for name in load_file(tmp_path / "adapter" / TENSORS))
 
 
 def test_an_adapter_of_another_head_is_refused(tmp_path, hugging_face):
@@ -270,18 +479,33 @@ def test_the_config_is_sorted_json_with_pefts_keys(tmp_path):
         "lora_dropout": 0.05,
         "use_rslora": True,
         "use_dora": False,
+        "lora_bias": False,
         "target_modules": sorted(FUSED),
         "rank_pattern": {},
         "alpha_pattern": {},
     }
 
 
-def test_the_config_of_slices_names_the_fused_layers_and_keeps_ours_aside(tmp_path):
+def test_the_config_of_slices_names_the_fused_layers_and_the_tensors_keep_ours(tmp_path, recwarn):
     model = adapted(target_modules=["q_proj", "v_proj", "gate_proj"])
     lora.save_adapter(model, tmp_path / "adapter")
     raw = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert raw["target_modules"] == ["gate_up_proj", "qkv_proj"]
-    assert raw["minilora"] == asdict(model.lora_config)
+    peft.PeftConfig.from_pretrained(tmp_path / "adapter")  # warns of every key that it does not know
+    assert not [warning for warning in recwarn if "keyword" in str(warning.message)]
+    with safe_open(tmp_path / "adapter" / TENSORS, framework="pt") as file:
+        assert {key: json.loads(text) for key, text in file.metadata().items()} == {"minilora": asdict(model.lora_config)}
+
+
+def test_an_adapter_whose_config_holds_the_slices_is_read_as_before(tmp_path):
+    model = adapted(target_modules=["q_proj", "v_proj"])
+    folder = tmp_path / "adapter"
+    lora.save_adapter(model, folder)
+    raw = json.loads((folder / CONFIG).read_text()) | {"minilora": asdict(model.lora_config)}
+    (folder / CONFIG).write_text(json.dumps(raw))
+    save_file(load_file(folder / TENSORS), folder / TENSORS, metadata={"format": "pt"})
+    assert read_adapter_config(folder) == model.lora_config
+    assert_same_adapter(lora.load_adapter(fresh(), folder), model)
 
 
 def test_layers_are_named_by_path_where_their_name_would_mean_others(tmp_path):
@@ -306,8 +530,6 @@ def test_tensors_have_pefts_names_and_fused_slices_zeros_elsewhere(tmp_path):
     zero = torch.zeros(64, 8)
     zero[:32, :4], zero[48:, 4:] = q.detach(), v.detach()
     assert torch.equal(B, zero)
-    with safe_open(tmp_path / "adapter" / TENSORS, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
 
 
 def test_others_may_read_what_is_saved(tmp_path):
@@ -418,17 +640,12 @@ def assert_refused(model, folder, *messages, error=ValueError):
 @named(
     ("key", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("lora_bias", True),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
         ("init_lora_weights", "loftq"),
-        ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
-        ("exclude_modules", ["o_proj"]),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "eva"),
+        ("ensure_weight_tying", True),
+        ("layer_replication", [[0, 1]]),
         ("target_parameters", ["weight"]),
         ("trainable_token_indices", [3]),
         ("use_qalora", True),
@@ -440,13 +657,9 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, key, value):
     assert_refused(fresh(), folder, f"asks for what is not supported: {key} = {value!r}")
 
 
-def test_dora_is_refused(tmp_path):
-    assert_refused(fresh(), write(tmp_path / "adapter", {"use_dora": True}), "use_dora is not supported yet")
-
-
 def test_everything_not_supported_is_named_at_once(tmp_path):
-    folder = write(tmp_path / "adapter", {"bias": "all", "init_lora_weights": "pissa", "lora_bias": True})
-    assert_refused(fresh(), folder, "bias = 'all'", "init_lora_weights = 'pissa'", "lora_bias = True")
+    folder = write(tmp_path / "adapter", {"use_qalora": True, "init_lora_weights": "loftq", "target_parameters": ["w"]})
+    assert_refused(fresh(), folder, "use_qalora = True", "init_lora_weights = 'loftq'", "target_parameters = ['w']")
 
 
 @named("kind", ["IA3", "lora", None])
@@ -528,11 +741,11 @@ def test_missing_extra_misshapen_and_poisoned_tensors_are_all_named_at_once(tmp_
     )
     faults = [
         f"the adapter in {folder} does not fit the model",
-        f"{O_PROJ.format(0)}.lora_A is missing",
-        f"{O_PROJ.format(0)}.lora_B holds NaN or infinity",
-        f"{O_PROJ.format(1)}.lora_A must have shape (4, 32), not (4, 31)",
-        "lm_head.lora_A is not part of the adapted model",
-        "lm_head is not part of the adapted model",
+        f"{O_PROJ.format(0)}.lora_A.weight is missing",
+        f"{O_PROJ.format(0)}.lora_B.weight holds NaN or infinity",
+        f"{O_PROJ.format(1)}.lora_A.weight must have shape (4, 32), not (4, 31)",
+        "lm_head.lora_A.weight is not part of the adapted model",
+        "lm_head.weight is not part of the adapted model",
     ]
     for model in (fresh(), adapted(seed=2, target_modules=["o_proj"])):
         assert_refused(model, folder, *faults)
@@ -540,18 +753,20 @@ def test_missing_extra_misshapen_and_poisoned_tensors_are_all_named_at_once(tmp_
 
 def test_an_adapter_of_another_shape_of_model_is_refused(tmp_path):
     folder = write(tmp_path / "adapter")
-    assert_refused(fresh(hidden_size=64), folder, f"{O_PROJ.format(1)}.lora_A must have shape (4, 64), not (4, 32)")
-    assert_refused(fresh(num_hidden_layers=1), folder, f"{O_PROJ.format(1)}.lora_A is not part of the adapted model")
-    assert_refused(fresh(num_hidden_layers=3), folder, f"{O_PROJ.format(2)}.lora_B is missing")
+    assert_refused(fresh(hidden_size=64), folder, f"{O_PROJ.format(1)}.lora_A.weight must have shape (4, 64), not (4, 32)")
+    assert_refused(fresh(num_hidden_layers=1), folder, f"{O_PROJ.format(1)}.lora_A.weight is not part of the adapted model")
+    assert_refused(fresh(num_hidden_layers=3), folder, f"{O_PROJ.format(2)}.lora_B.weight is missing")
     assert_refused(nn.Sequential(nn.Linear(3, 3)), folder, "match no linear layer")
 
 
 def test_an_adapter_that_an_injected_model_cannot_take_is_refused(tmp_path):
     folder = write(tmp_path / "adapter")
     name = O_PROJ.format(0)
-    assert_refused(adapted(seed=2, r=3, target_modules=["o_proj"]), folder, f"{name}.lora_A must have shape (3, 32), not (4, 32)")
+    assert_refused(
+        adapted(seed=2, r=3, target_modules=["o_proj"]), folder, f"{name}.lora_A.weight must have shape (3, 32), not (4, 32)"
+    )
     other = adapted(seed=2, target_modules=["down_proj"])
-    assert_refused(other, folder, f"{name}.lora_A is not part of", "model.layers.0.mlp.down_proj.lora_A is missing")
+    assert_refused(other, folder, f"{name}.lora_A.weight is not part of", "model.layers.0.mlp.down_proj.lora_A.weight is missing")
     other = adapted(seed=2, lora_alpha=7, target_modules=["o_proj"])
     assert_refused(other, folder, f"{name} is scaled by 1.5 in the file and by 1.75 in the model")
     other = adapted(seed=2, use_rslora=True, target_modules=["o_proj"])
@@ -561,12 +776,25 @@ def test_an_adapter_that_an_injected_model_cannot_take_is_refused(tmp_path):
 def test_slices_refuse_an_adapter_that_reaches_further(tmp_path):
     lora.save_adapter(adapted(r=8, lora_alpha=12, target_modules=["qkv_proj"]), tmp_path / "adapter")
     model = adapted(seed=2, target_modules=["q_proj", "v_proj"])
-    assert_refused(model, tmp_path / "adapter", "qkv_proj.lora_B reaches outputs that the model's adapter, by slices, does not")
+    assert_refused(
+        model, tmp_path / "adapter", "qkv_proj.lora_B.weight reaches outputs that the model's adapter, by slices, does not"
+    )
 
 
 def test_a_merged_model_is_refused_until_unmerged(tmp_path):
     folder, model = write(tmp_path / "adapter"), adapted(seed=2, target_modules=["o_proj"])
     lora.merge(model)
-    assert_refused(model, folder, f"unmerge the model's adapter before loading another: {O_PROJ.format(0)}, {O_PROJ.format(1)}")
+    assert_refused(model, folder, f"unmerge it first: {O_PROJ.format(0)}, {O_PROJ.format(1)}")
     lora.unmerge(model)
     lora.load_adapter(model, folder)
+
+
+def test_convolutions_that_are_not_pefts_are_refused(tmp_path):
+    message = "hold no convolutions with groups or with loralib's factors: load and save 0 with lora_state_dict"
+    grouped = lora.inject(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), lora.LoraConfig(r=2, target_modules=["0"]))
+    for model in (nn.Sequential(lora.Conv2d(3, 4, 3, r=2)), grouped):
+        with pytest.raises(ValueError, match=message):
+            lora.save_adapter(model, tmp_path / "adapter")
+    theirs = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), peft.LoraConfig(r=2, target_modules=["0"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_refused(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), tmp_path / "theirs", message)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.cli import build_parser, main
 
-COMMANDS = ("demo", "train", "eval", "generate", "chat", "merge", "info")
+COMMANDS = ("demo", "train", "eval", "generate", "chat", "merge", "export", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
@@ -238,7 +238,7 @@ def test_an_adapter_of_another_rank_or_shape_is_refused(tiny_checkpoint, adapter
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
     message = fails("generate", "--model", tiny_checkpoint, "--adapter", adapter, "--prompt", "x")
-    assert "lora_A must have shape (3, 32), not (2, 32)" in message
+    assert "lora_A.weight must have shape (3, 32), not (2, 32)" in message
 
 
 def test_an_output_that_exists_is_replaced_only_when_asked(tiny_checkpoint, chat, adapter, fails, tmp_path):
@@ -283,7 +283,10 @@ def test_a_disk_that_fills_while_saving_leaves_the_earlier_adapter_whole(tiny_ch
         ("peft.rank=4", "peft.rank is unknown"),
         ("training.learning_rate=-1", "learning_rate must be positive"),
         ('training.learning_rate="high"', "training.learning_rate must be float"),
-        ('peft.target_modules=["query"]', "match no linear layer; this model has qkv_proj (q_proj, k_proj, v_proj)"),
+        (
+            'peft.target_modules=["query"]',
+            "match no linear layer, embedding or convolution; this model has embed_tokens, qkv_proj (q_proj, k_proj, v_proj)",
+        ),
         ("training.max_steps", "must be TOML"),
     ],
 )

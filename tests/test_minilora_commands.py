@@ -3,13 +3,16 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers import rms_error, tiny_config, tiny_model
 
 import minilora as lora
 from minilora import phi3
 from minilora.cli import main
+from minilora.commands import PROBE
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +156,54 @@ def test_a_question_that_passes_the_context_is_not_asked_and_the_chat_goes_on(ch
 
 def test_merge_writes_a_plain_checkpoint_that_answers_as_the_adapted_model(trained, tiny_checkpoint, tmp_path, capsys):
     run("merge", "--model", tiny_checkpoint, "--adapter", trained / "out" / "adapter", "--output", tmp_path / "merged")
-    assert f"wrote {tmp_path / 'merged'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'merged'}" in said
+    assert f"{tiny_checkpoint} still holds the base, unchanged" in said
     merged, adapted = phi3.load(tmp_path / "merged"), lora.load_adapter(phi3.load(tiny_checkpoint), trained / "out" / "adapter")
     ids = torch.arange(40).view(2, 20)
     base = phi3.load(tiny_checkpoint)(ids)
     assert (merged(ids) - adapted(ids)).abs().max() < 1e-4 * (adapted(ids) - base).abs().max()
     assert phi3.load_tokenizer(tmp_path / "merged").encode("abc") == phi3.load_tokenizer(tiny_checkpoint).encode("abc")
+
+
+def test_merge_saves_a_head_that_was_trained_apart_from_its_embedding(tiny_checkpoint, tmp_path, capsys):
+    config = replace(phi3.load(tiny_checkpoint).config, tie_word_embeddings=True)
+
+    def base():
+        return tiny_model(config)
+
+    phi3.save(base(), tmp_path / "base", tokenizer_from=tiny_checkpoint)
+    model = lora.inject(base(), lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]))
+    torch.nn.init.normal_(model.lm_head.weight)
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert "head and embedding apart" in capsys.readouterr().out
+    ids = torch.arange(40).view(2, 20)
+    assert (phi3.load(tmp_path / "merged")(ids) - model(ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_measures_what_it_changed_on_the_given_weights(tiny_checkpoint, tmp_path, capsys, dtype):
+    phi3.save(phi3.load(tiny_checkpoint, dtype), tmp_path / "base", tokenizer_from=tiny_checkpoint)
+    model = lora.inject(phi3.load(tmp_path / "base"), lora.LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", "up_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    said = capsys.readouterr().out
+    ids = torch.tensor([phi3.load_tokenizer(tiny_checkpoint).encode(PROBE)])
+    unmerged, merged = model(ids), phi3.load(tmp_path / "merged")(ids)
+    base = phi3.load(tmp_path / "base")(ids)
+    pattern = r"once to (\w+) .*\n.* of (\d+) tokens, .* off by (\S+) of their RMS, where the adapter itself moves them by (\S+)"
+    found = re.search(pattern, said)
+    assert found[1] == str(dtype).removeprefix("torch.")
+    assert int(found[2]) == ids.numel()
+    assert float(found[3]) == pytest.approx(rms_error(merged, unmerged), rel=0.1)
+    assert float(found[4]) == pytest.approx(rms_error(unmerged, base), rel=0.1)
+    assert 0 < float(found[3]) < 4 * torch.finfo(dtype).eps
+    assert float(found[4]) > 0.01
 
 
 def test_merge_refuses_a_folder_that_holds_files(trained, tiny_checkpoint, capsys):
@@ -183,6 +228,49 @@ def test_info_tells_what_an_adapter_is(trained, capsys):
     assert "a LoRA adapter, r 4, alpha 8, dropout 0.0 on q_proj, v_proj, down_proj" in said
     fused = 2 * (8 * (32 + 64) + 4 * (48 + 32))  # q and v as one pair of rank 8 for qkv_proj; down_proj
     assert f"{fused:,} parameters for 4 layers" in said
+
+
+def test_info_tells_the_base_and_the_norm_of_every_update(trained, tiny_checkpoint, capsys):
+    run("info", trained / "out" / "adapter", "--model", tiny_checkpoint)
+    said = capsys.readouterr().out
+    assert f"made for {tiny_checkpoint}\n" in said
+    model = lora.load_adapter(phi3.load(tiny_checkpoint), trained / "out" / "adapter")
+    for path, module in model.named_modules():
+        if isinstance(module, lora.Linear):
+            line = next(line for line in said.splitlines() if line.split()[:1] == [path])
+            assert line.split()[1:5] == ["rank", str(module.r * len(module.slices)), "scale", "2"]
+            assert float(line.split()[-1]) == pytest.approx(float(module.delta().detach().norm()), rel=1e-3)
+    assert f"it fits {tiny_checkpoint}" in said
+
+
+def test_info_tells_all_misfits_of_a_base_at_once(trained, tmp_path, capsys):
+    phi3.save(tiny_model(tiny_config(num_hidden_layers=1, intermediate_size=40)), tmp_path / "other")
+    assert main(["info", str(trained / "out" / "adapter"), "--model", str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err
+    assert "does not fit" in said
+    assert "model.layers.0.mlp.down_proj.lora_A.weight must have shape (4, 40), not (4, 48)" in said
+    assert "model.layers.1.self_attn.qkv_proj.lora_A.weight is not part of the adapted model" in said
+
+
+def test_variants_are_told(tiny_checkpoint, capsys):
+    run("info", tiny_checkpoint, "--set", "peft.use_dora=true", "--set", 'peft.modules_to_save=["lm_head"]', "--set", "peft.r=4")
+    assert "on all-linear, use_dora, trained whole: lm_head would train" in capsys.readouterr().out
+
+
+def test_info_of_a_checkpoint_has_no_base(tiny_checkpoint, capsys):
+    assert main(["info", str(tiny_checkpoint), "--model", str(tiny_checkpoint)]) == 2
+    assert "--model is the base for an adapter" in capsys.readouterr().err
+
+
+def test_export_writes_an_adapter_of_one_rank(trained, tiny_checkpoint, tmp_path, capsys):
+    run("export", "--adapter", trained / "out" / "adapter", "--output", tmp_path / "vllm", "--for", "vllm")
+    assert f"wrote {tmp_path / 'vllm'} for vllm: r 8, alpha 16" in capsys.readouterr().out
+    ids = torch.arange(40).view(2, 20)
+    models = [lora.load_adapter(phi3.load(tiny_checkpoint), path) for path in (tmp_path / "vllm", trained / "out" / "adapter")]
+    assert (models[0](ids) - models[1](ids)).abs().max() < 1e-5
+    argv = ["export", "--adapter", trained / "out" / "adapter", "--output", tmp_path / "vllm", "--for", "peft"]
+    assert main([str(arg) for arg in argv]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
 
 
 def test_adapters_take_the_models_dtype_when_asked(trained, tiny_checkpoint, tmp_path, capsys):

@@ -79,7 +79,13 @@ def refusal(tmp_path, text) -> str:
         ({"target_modules": ""}, "target_modules must name at least one module"),
         ({"target_modules": "("}, "target_modules"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern"),
-        ({"use_dora": True}, "use_dora is not supported yet"),
+        ({"exclude_modules": "("}, "exclude_modules must"),
+        ({"layers_to_transform": [0], "layers_pattern": "(", "target_modules": ["o_proj"]}, "layers_pattern must"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only, not 'some'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of True, 'pissa', 'olora', not 'eva'"),
+        ({"init_lora_weights": False}, "init_lora_weights must be one of"),
+        ({"init_lora_weights": 1}, "init_lora_weights must be"),
+        ({"layers_to_transform": [True], "target_modules": ["o_proj"]}, "layers_to_transform must be"),
     ],
 )
 def test_a_broken_lora_rule_is_refused_with_its_value(fields, message):
@@ -89,9 +95,25 @@ def test_a_broken_lora_rule_is_refused_with_its_value(fields, message):
 
 def test_all_broken_lora_rules_are_named_at_once():
     with pytest.raises(ValueError, match="; ") as refused:
-        LoraConfig(r=0, lora_dropout=2, target_modules=[], use_dora=True)
-    for field in ("r must", "lora_dropout must", "target_modules must", "use_dora is"):
+        LoraConfig(r=0, lora_dropout=2, target_modules=[], bias="some")
+    for field in ("r must", "lora_dropout must", "target_modules must", "bias must"):
         assert field in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers_to_transform": [0]}, "layers_to_transform needs a list of target_modules"),
+        ({"layers_pattern": "layers", "target_modules": ["o_proj"]}, "layers_pattern needs layers_to_transform"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias and use_dora exclude one another"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias needs init_lora_weights = True"),
+        ({"use_dora": True, "init_lora_weights": "olora"}, "use_dora needs init_lora_weights = True"),
+        ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "init_lora_weights = 'pissa' needs lora_dropout = 0"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        LoraConfig(**fields)
 
 
 def test_the_edges_of_the_lora_rules_are_allowed():
@@ -129,6 +151,8 @@ def test_scaling_is_alpha_by_r_or_by_its_root():
         ("learning_rate", -1e-4, "must be positive, not -0.0001"),
         ("learning_rate", INF, "must be positive, not inf"),
         ("learning_rate", NAN, "must be positive, not nan"),
+        ("loraplus_lr_ratio", 0.0, "must be positive, not 0.0"),
+        ("loraplus_lr_ratio", INF, "must be positive, not inf"),
         ("warmup_ratio", -0.1, "must lie in [0, 1], not -0.1"),
         ("warmup_ratio", 1.1, "must lie in [0, 1], not 1.1"),
         ("num_train_epochs", 0, "must be positive, not 0"),
@@ -182,7 +206,7 @@ def test_the_cookbooks_two_dictionaries_are_read_verbatim(tmp_path):
     assert (run.bf16, run.output_dir, run.overwrite_output_dir) == (True, "./checkpoint_dir", True)
     assert set(run.without_effect) == {
         "training.do_eval", "training.log_level", "training.logging_strategy", "training.remove_unused_columns",
-        "training.gradient_checkpointing_kwargs", "peft.bias", "peft.task_type",
+        "training.gradient_checkpointing_kwargs", "peft.task_type",
     }  # fmt: skip
 
 
@@ -232,9 +256,9 @@ def test_all_faults_of_a_file_come_in_one_message(tmp_path):
         target_modules = [1]
         use_rslora = 0
         rank_pattern = 3
-        bias = "all"
+        bias = "some"
         task_type = "SEQ_CLS"
-        modules_to_save = ["lm_head"]
+        modules_to_save = "lm_head"
         lora_dropout = 1.5
         """,
     )
@@ -254,7 +278,7 @@ def test_all_faults_of_a_file_come_in_one_message(tmp_path):
         "peft.target_modules must be",
         "peft.use_rslora must be bool, not 0",
         "peft.rank_pattern must be",
-        "peft.bias must be 'none', not 'all'",
+        "peft.bias must be one of none, all, lora_only, not 'some'",
         "peft.task_type must be 'CAUSAL_LM', not 'SEQ_CLS'",
         "peft.modules_to_save must be",
         "lora_dropout must lie in [0, 1), not 1.5",
@@ -289,13 +313,13 @@ def test_an_override_is_held_to_the_same_rules(tmp_path, override, message):
     [
         ("[training]\nlearning_rate = 0", "training.learning_rate = 1e-4"),
         ("[training]\nseed = 'one'", "training.seed = 0"),
-        ("[peft]\nbias = 'all'", "peft.bias = 'none'"),
+        ("[peft]\ntask_type = 'SEQ_CLS'", "peft.task_type = 'CAUSAL_LM'"),
     ],
 )
 def test_an_override_stands_for_the_files_value(tmp_path, text, override):
     run = read_run_config(written(tmp_path, text), [override])
     assert (run.training, run.peft) == (TrainConfig(), LoraConfig())
-    assert list(run.without_effect) == (["peft.bias"] if "bias" in text else [])
+    assert list(run.without_effect) == (["peft.task_type"] if "task_type" in text else [])
 
 
 def test_an_override_cannot_hide_a_fault_of_the_file(tmp_path):

@@ -1,7 +1,7 @@
 import loralib
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import rms_error, tiny_config, tiny_model
 from torch import nn
 
 import minilora as lora
@@ -122,3 +122,48 @@ def test_counts_tell_trainable_from_all_and_shared_ones_once():
     untied = count_parameters(lora.inject(tiny_model(tiny_config()), lora.LoraConfig(r=2, target_modules=["o_proj"])))[1]
     lora.mark_only_lora_as_trainable(model)
     assert count_parameters(model) == (2 * 2 * (32 + 32), untied - config.vocab_size * config.hidden_size)
+
+
+def mixture(library):
+    return nn.Sequential(
+        library.Embedding(9, 6, r=2), library.MergedLinear(6, 6, r=2, enable_lora=[True, False]), nn.Linear(6, 2)
+    )
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_embeddings_are_treated_as_by_loralib(bias):
+    ours, theirs = mixture(lora), mixture(loralib)
+    theirs.load_state_dict(ours.state_dict())
+    lora.mark_only_lora_as_trainable(ours, bias)
+    loralib.mark_only_lora_as_trainable(theirs, bias)
+    assert trainable(ours) == trainable(theirs) == lora.lora_state_dict(ours, bias).keys()
+    found, expected = lora.lora_state_dict(ours, bias), loralib.lora_state_dict(theirs, bias)
+    assert found.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_an_adapter_file_of_either_library_loads_after_the_base_in_the_other(bias, tmp_path):
+    base = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 2)).state_dict()
+    for source, target in ((lora, loralib), (loralib, lora)):
+        trained, other = mixture(source), mixture(target)
+        trained.load_state_dict(base, strict=False)
+        source.mark_only_lora_as_trainable(trained, bias)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        torch.save(source.lora_state_dict(trained, bias), tmp_path / "adapter.pt")
+        other.load_state_dict(base, strict=False)
+        other.load_state_dict(torch.load(tmp_path / "adapter.pt"), strict=False)
+        ids = torch.arange(9)
+        assert rms_error(other(ids), trained(ids)) < 1e-6
+
+
+def test_a_layer_without_adapter_is_neither_marked_nor_saved():
+    """loralib marks its bias and does not save it."""
+    models = {library: nn.Sequential(library.Linear(6, 6, r=2), library.Linear(6, 6)) for library in (lora, loralib)}
+    for library, model in models.items():
+        library.mark_only_lora_as_trainable(model, "lora_only")
+        assert "1.bias" not in library.lora_state_dict(model, "lora_only")
+    assert "1.bias" not in trainable(models[lora])
+    assert "1.bias" in trainable(models[loralib])

@@ -408,3 +408,22 @@ def test_gradient_checkpointing_is_refused_where_the_model_has_none():
     train(Plain(), max_steps=1)
     with pytest.raises(ValueError, match="gradient_checkpointing needs a model"):
         train(Plain(), max_steps=1, gradient_checkpointing=True)
+
+
+def test_loraplus_moves_only_B_further():
+    """AdamW's first step is the learning rate in every element, whatever the gradient; A has none before B moves."""
+    start, plain, plus = adapter(adapted()), adapted(), adapted()
+    train(plain, max_steps=1, max_grad_norm=1e9)
+    train(plus, max_steps=1, max_grad_norm=1e9, loraplus_lr_ratio=4.0)
+    for name, tensor in adapter(plus).items():
+        moved, expected = tensor - start[name], adapter(plain)[name] - start[name]
+        assert rms_error(moved, 4 * expected if name.endswith("lora_B") else expected) < 1e-5, name
+
+
+def test_what_is_saved_with_the_adapter_may_be_trained_along(tmp_path):
+    model = adapted(modules_to_save=["lm_head"])
+    before = model.lm_head.weight.detach().clone()
+    train(model, output_dir=tmp_path, max_steps=2)
+    assert not torch.equal(model.lm_head.weight, before)
+    loaded = lora.load_adapter(tiny_model(tiny_config()), tmp_path / "adapter")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)

@@ -24,7 +24,7 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, tiny_c
     (tmp_path / "chat.jsonl").write_text(blocks("json")[0])
     monkeypatch.chdir(tmp_path)
     names = {}
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
