@@ -137,11 +137,10 @@ def merge(args: Namespace) -> None:
         raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
     folder = _checkpoint(args, phi3.CHECKPOINT_FILES)
     ids = torch.tensor([phi3.load_tokenizer(folder).encode(PROBE)])
-    model = lora.load_adapter(phi3.load(folder), args.adapter)
+    model = phi3.load(folder)
     with torch.no_grad():
-        with lora.disable_adapter(model):
-            base = model(ids)
-        unmerged = model(ids)
+        base = model(ids)
+        unmerged = lora.load_adapter(model, args.adapter)(ids)
         lora.merge(model)
         merged = model(ids)
     rounding = torch.finfo(model.lm_head.weight.dtype).eps / 2
