@@ -193,8 +193,11 @@ def _tell_adapter(args: Namespace, found: Inspection) -> None:
     width = max(map(len, updates), default=0)
     for path, update in updates.items():
         print(f"  {path:{width}}  rank {update.rank:<4} scale {update.scaling:<8.4g} norm of ΔW {update.norm:.4g}")
-    if found.others:
-        print(f"  and {', '.join(found.others)}")
+    magnitudes = [name for name in found.others if name.endswith(".lora_magnitude_vector")]  # one a layer: too many to name
+    if magnitudes:
+        print(f"  and {len(magnitudes)} vectors of magnitudes")
+    for name in sorted({*found.others} - {*magnitudes}):
+        print(f"  and {name} {tuple(found.tensors[name].shape)}")
     if args.base:
         faults = misfits(found, _on_meta(phi3.fetch(args.base, files=phi3.TEXT_FILES)))
         if faults:

@@ -243,6 +243,16 @@ def test_info_tells_the_base_and_the_norm_of_every_update(trained, tiny_checkpoi
     assert f"it fits {tiny_checkpoint}" in said
 
 
+def test_info_counts_magnitudes_and_names_modules_saved_whole(tmp_path, capsys):
+    model = tiny_model(tiny_config())
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"], use_dora=True))
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("info", tmp_path / "adapter")
+    said = capsys.readouterr().out.splitlines()
+    assert "  and 2 vectors of magnitudes" in said
+    assert "  and lm_head.weight (260, 32)" in said
+
+
 def test_info_tells_all_misfits_of_a_base_at_once(trained, tmp_path, capsys):
     phi3.save(tiny_model(tiny_config(num_hidden_layers=1, intermediate_size=40)), tmp_path / "other")
     assert main(["info", str(trained / "out" / "adapter"), "--model", str(tmp_path / "other")]) == 2
