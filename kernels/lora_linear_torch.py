@@ -21,8 +21,10 @@ Slices = tuple[tuple[int, int], ...]
 
 def per_slice(slices: Slices, S: Tensor, U: Tensor):
     """Yields ((start, stop), S_g (M, R), U_g (stop − start, R)) for each slice: views, no copies."""
-    widths = [stop - start for start, stop in slices]
-    return zip(slices, S.chunk(len(slices), dim=-1), U.split(widths), strict=True)
+    R, row = U.shape[1], 0
+    for g, (start, stop) in enumerate(slices):
+        yield (start, stop), S[..., g * R : (g + 1) * R], U[row : row + stop - start]
+        row += stop - start
 
 
 def make_mask(M: int, N: int, p: float, seed: Tensor | None) -> Tensor | None:
@@ -39,7 +41,7 @@ def down(P: Tensor, U: Tensor, slices: Slices, factor: float, mask: Tensor | Non
     P = _dropped(P, mask)
     S = P.new_empty(len(P), len(slices) * U.shape[1])
     for (start, stop), S_g, U_g in per_slice(slices, S, U.to(P.dtype)):
-        torch.mul(P[:, start:stop] @ U_g, factor, out=S_g)
+        torch.addmm(S_g, P[:, start:stop], U_g, beta=0, alpha=factor, out=S_g)
     return S
 
 
