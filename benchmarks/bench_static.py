@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import protocol
+from benchmarks.bench_lora_linear import LAYERS
 from minilora.kernels import lora_linear_triton
 from minilora.kernels.lora_linear import backward, forward
 from tests.without_gpu import compiling, counting
 
-LAYERS = {"qkv": (9216, 3072), "o": (3072, 3072), "gate_up": (16384, 3072), "down": (3072, 8192)}  # N, K of Phi-3-mini
 PEAKS = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12), "RTX 4090": (165e12, 1.01e12)}  # FLOP/s in bfloat16, bytes/s
 M, R = 4096, 16
 

@@ -1,4 +1,4 @@
 """The hot operations, one a file, each beside the equation it computes.
 
-Imports torch and nothing of ours, so that a kernel can be read, tested and timed on its own.
+Imports torch, triton where it runs, and nothing of ours, so that a kernel can be read, tested and timed on its own.
 """
