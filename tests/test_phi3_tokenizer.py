@@ -1,7 +1,8 @@
 """Tokenizers, chat templates and the mask of what an assistant learns, on bytes and on the published Phi-3 tokenizers.
 
-Templates that lie in no published folder among the test data are written down here: Phi-3.5 and Phi-4 as the facts about the
-family state them, Phi-3-medium as Phi-3's older one without its BOS, and Phi-4-reasoning with its instructions shortened.
+Templates that lie in no published folder among the test data are written down here: those of Phi-3.5 and Phi-4 render every
+conversation as the published ones do, Phi-3-medium's is Phi-3's older one without its BOS, and Phi-4-reasoning's has its
+instructions shortened.
 """
 
 import json
