@@ -1,4 +1,10 @@
-"""What loralib's users write runs unchanged but for the import line, and the two libraries read each other's files."""
+"""What loralib's users write runs unchanged but for the import line, and the two libraries read each other's files.
+
+LAYERS, TRAINING and LOADING are the code of the Phi-3 cookbook's chapter on LoRA, which is loralib's own README's; the chapter
+leaves the body of the training loop to its reader.
+"""
+
+from functools import partial
 
 import loralib
 import pytest
@@ -27,7 +33,7 @@ qkv_proj = lora.MergedLinear(d_model, 3*d_model, r=8, enable_lora=[True, False, 
 
 TRAINING = """
 import loralib as lora
-model = BigModel(lora)
+model = BigModel()
 # Load the pretrained checkpoint first
 model.load_state_dict(torch.load('ckpt_pretrained.pt'), strict=False)
 # This sets requires_grad to False for all parameters without the string "lora_" in their names
@@ -44,7 +50,7 @@ torch.save(lora.lora_state_dict(model), checkpoint_path)
 
 LOADING = """
 import loralib as lora
-model = BigModel(lora)
+model = BigModel()
 # Load the pretrained checkpoint first
 model.load_state_dict(torch.load('ckpt_pretrained.pt'), strict=False)
 # Then load the LoRA checkpoint
@@ -53,7 +59,7 @@ model.load_state_dict(torch.load('ckpt_lora.pt'), strict=False)
 
 BIASES = """
 import loralib as lora
-model = BigModel(lora)
+model = BigModel()
 lora.mark_only_lora_as_trainable(model, bias='all')
 torch.save(lora.lora_state_dict(model, bias='all'), checkpoint_path)
 lora.mark_only_lora_as_trainable(model, bias='lora_only')
@@ -102,7 +108,7 @@ class BigModel(nn.Module):
 def run(block: str, library, **names) -> dict:
     """The names that a block leaves behind, run with its import line for that library."""
     assert block.count(IMPORT[loralib]) == 1
-    names = NUMBERS | SETTINGS | {"nn": nn, "torch": torch, "BigModel": BigModel} | names
+    names = NUMBERS | SETTINGS | {"nn": nn, "torch": torch, "BigModel": partial(BigModel, library)} | names
     exec(block.replace(IMPORT[loralib], IMPORT[library]), names)
     assert names["lora"] is library
     return names
@@ -155,7 +161,7 @@ def test_training_takes_the_same_steps_as_with_loralib():
 
     files = {}
     for library in (loralib, minilora):
-        run(TRAINING, library, BigModel=Started, dataloader=[IDS] * 8, checkpoint_path="ckpt_lora.pt")
+        run(TRAINING, library, BigModel=partial(Started, library), dataloader=[IDS] * 8, checkpoint_path="ckpt_lora.pt")
         files[library] = torch.load("ckpt_lora.pt")
     assert files[minilora].keys() == files[loralib].keys()
     for name, tensor in files[loralib].items():
