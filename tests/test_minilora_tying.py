@@ -250,6 +250,20 @@ def test_in_any_model_the_module_that_shares_the_weight_follows_and_no_namesake(
     assert lora.LoraConfig(r=2, target_modules=["2"]) == model.lora_config
 
 
+def test_what_is_trained_whole_with_what_it_is_tied_to_gets_no_adapter(tmp_path):
+    model = adapted(target_modules=["embed_tokens", "o_proj"], modules_to_save=["lm_head"])
+    assert not any("embed_tokens" in path for path in model.lora_adapters["default"].layers)
+    lora.save_adapter(model, tmp_path)
+    assert torch.equal(lora.load_adapter(fresh(), tmp_path)(IDS), model(IDS))
+
+
+def test_linear_layers_of_one_weight_without_an_embedding_keep_adapters_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    lora.inject(model, lora.LoraConfig(r=2, target_modules=["0"]))
+    assert type(model[1]) is nn.Linear
+
+
 def test_two_embeddings_of_one_weight_share_too():
     model = nn.ModuleDict({"encoder": nn.Embedding(7, 4), "decoder": nn.Embedding(7, 4), "head": nn.Linear(4, 7)})
     model["decoder"].weight = model["head"].weight = model["encoder"].weight
