@@ -8,7 +8,7 @@ The metadata of the tensors, which other programs skip, says which slices they w
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from minilora.injection import find_targets, make_adapter, saved_modules
 from minilora.layers import adapted_layers
 from minilora.offset import STARTS, as_saved
 from minilora.peft_config import CONFIG, PeftConfig, make_peft_config, read_peft_config
-from minilora.peft_tensors import by_slices, faults_outside_slices, from_disk, on_disk, refuse_convolutions
+from minilora.peft_tensors import by_slices, faults_of_sharing, faults_outside_slices, from_disk, on_disk, refuse_convolutions
 from minilora.switching import Adapter, adapters_of, add_adapter, check_unmerged, placed, set_adapter
 
 TENSORS, PREFIX, OURS = "adapter_model.safetensors", "base_model.model.", "minilora"
@@ -117,9 +117,11 @@ def _as_made(path: Path | str, stored: PeftConfig) -> LoraConfig:
     except ValueError as error:
         raise ValueError(f"{Path(path) / TENSORS}: its metadata {OURS} must be JSON: {error}") from None
     try:
-        return LoraConfig(**ours) if ours is not None else stored.lora
+        config = LoraConfig(**ours) if ours is not None else stored.lora
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    # Earlier versions wrote no such field, and tied nothing.
+    return config if ours is None or "ensure_weight_tying" in ours else replace(config, ensure_weight_tying=False)
 
 
 def read_adapter_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -207,6 +209,7 @@ def faults_of_loading(model: nn.Module, adapter: Adapter, fused: LoraConfig, ten
             faults.append(f"{path} is scaled by {stored} in the file and by {layer.scaling} in the model")
     if not faults:
         faults = [fault for path, layer in layers.items() for fault in faults_outside_slices(path, layer, tensors)]
+        faults += faults_of_sharing(layers, tensors)
     return sorted(faults)
 
 

@@ -125,6 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     _checkpoint(merge)
     merge.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
     merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
+    merge.add_argument(
+        "--untie", action="store_true", help="give head and embedding a weight each, for an adapter of one of the two"
+    )
 
     export = command("export", "make an adapter over for another reader", EXPORT_HELP)
     export.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")

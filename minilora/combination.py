@@ -20,8 +20,9 @@ from minilora.layers import LoRALayer, MergedLinear
 from minilora.offset import OffsetLinear
 from minilora.peft_tensors import by_slices, fuse
 from minilora.switching import Adapter, adapters_of, add_adapter
+from minilora.tying import TiedLinear, with_shared_adapters
 
-SUMMABLE = {*KINDS.values(), MergedLinear, OffsetLinear}  # what they add is their factors() and no more
+SUMMABLE = {*KINDS.values(), MergedLinear, OffsetLinear, TiedLinear}  # what they add is their factors() and no more
 
 
 @torch.no_grad()
@@ -52,6 +53,11 @@ def add_weighted_adapter(model: nn.Module, adapters: Sequence[str], weights: Seq
         )
     base = adapters_of(model).base
     layers = {path: _sum(base[path], weighted) for path, weighted in parts.items()}
+    alike: dict[tuple[Tensor, ...], list[str]] = {}  # the adapters that are summed → the paths where they are, several where tied
+    for path, weighted in parts.items():
+        alike.setdefault(tuple(layer.lora_A for _, layer in weighted), []).append(path)
+    for paths in alike.values():
+        layers |= with_shared_adapters({path: layers[path] for path in paths})
     add_adapter(model, adapter_name, Adapter(_config(layers), layers))
 
 
@@ -77,4 +83,6 @@ def _config(layers: dict[str, LoRALayer]) -> LoraConfig:
     ranks = {f"^{re.escape(path)}": layer.r for path, layer in layers.items()}
     r = max(ranks.values())
     unlike = {path: rank for path, rank in ranks.items() if rank != r}
-    return LoraConfig(r=r, lora_alpha=r, target_modules=list(layers), rank_pattern=unlike, alpha_pattern=unlike)
+    tied = any(isinstance(layer, TiedLinear) for layer in layers.values())
+    settings = {"rank_pattern": unlike, "alpha_pattern": unlike, "ensure_weight_tying": tied}
+    return LoraConfig(r=r, lora_alpha=r, target_modules=list(layers), **settings)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minilora as lora
 from minilora import phi3
@@ -18,8 +18,10 @@ from minilora.export import export_adapter
 from minilora.injection import find_targets
 from minilora.inspection import Inspection, inspect_adapter, misfits
 from minilora.kernels import backend
+from minilora.layers import adapted_layers
 from minilora.peft_config import read_peft_config
 from minilora.trainable import count_parameters
+from minilora.tying import TiedLinear
 
 PROBE = "The key is under the mat, and the tea is ready in three minutes."  # what merge is measured on
 
@@ -141,6 +143,8 @@ def merge(args: Namespace) -> None:
     with torch.no_grad():
         base = model(ids)
         unmerged = lora.load_adapter(model, args.adapter)(ids)
+        if args.untie:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         lora.merge(model)
         merged = model(ids)
     rounding = torch.finfo(model.lm_head.weight.dtype).eps / 2
@@ -151,7 +155,7 @@ def merge(args: Namespace) -> None:
     )
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         model.config = replace(model.config, tie_word_embeddings=False)
-        print("the adapter was trained with head and embedding apart, and they are saved so")
+        print("head and embedding are apart now, and are saved so")
     phi3.save(model, args.output, tokenizer_from=folder)
     print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}; {folder} still holds the base, unchanged")
 
@@ -188,6 +192,8 @@ def _tell_adapter(args: Namespace, found: Inspection) -> None:
         f"{args.model}: a {found.kind} adapter, {_settings(found.config)}; {sum(sizes):,} parameters for {len(updates)} layers\n"
         f"made for {found.stored.base or 'a base that it does not name'}"
     )
+    if found.stored.lora.ensure_weight_tying:
+        print("what is tied shares one adapter, which the file holds for each")
     if found.stored.lora.init_lora_weights is not True:
         print(f"its base lacks the start by {found.stored.lora.init_lora_weights}, which loading finds again and subtracts")
     width = max(map(len, updates), default=0)
@@ -283,7 +289,11 @@ def describe_adapter(model: phi3.Phi3ForCausalLM, config: LoraConfig) -> str:
     """What is trained, in one line."""
     trainable, total = count_parameters(model)
     dtype = next(str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad).removeprefix("torch.")
-    return f"LoRA of {_settings(config)}, in {dtype}: {trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"
+    tied = [path for path, layer in adapted_layers(model).items() if isinstance(layer, TiedLinear)]
+    return (
+        f"LoRA of {_settings(config)}, in {dtype}: {trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"
+        + (f"; {', '.join(tied)} shares the embedding's" if tied else "")
+    )
 
 
 def _settings(config: LoraConfig) -> str:

@@ -146,6 +146,7 @@ class LoraConfig:
     lora_bias: bool = False  # lora_B has a bias, trained too
     bias: Bias = "none"  # biases of the base model that are trained too
     modules_to_save: list[str] | None = None  # ends of paths: modules that are trained whole, and saved with the adapter
+    ensure_weight_tying: bool = True  # what is tied to an embedding is adapted, or trained whole, with it: minilora.tying
 
     def __post_init__(self):
         faults = _faults(self)

@@ -20,6 +20,7 @@ from minilora.lora_bias import BiasedLinear
 from minilora.matching import hits, meant, saved_whole
 from minilora.offset import OffsetLinear
 from minilora.switching import Adapter, adapters_of, add_adapter, place, placed
+from minilora.tying import faults_of_tying, followers, with_shared_adapters
 
 KINDS = {nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
@@ -87,9 +88,9 @@ def inject(
 
     Names match by PEFT's rules: an entry of a list is a module's path or the end of one after a dot; a string is a regular
     expression for whole paths, or "all-linear". The model's own parameters stay the same objects under the same names; what is
-    trained is decided by mark_only_lora_as_trainable. Modules to save are replaced by copies; a copied head that was tied to the
-    embedding no longer is. A model that has adapters gets one more beside them, the active one then (minilora.switching). remove
-    undoes it all.
+    trained is decided by mark_only_lora_as_trainable. Modules to save are replaced by copies. What is tied to an embedding
+    shares its adapter, or its copy, unless config.ensure_weight_tying is False (minilora.tying). A model that has adapters gets
+    one more beside them, the active one then (minilora.switching). remove undoes it all.
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
@@ -99,8 +100,8 @@ def inject(
 
     Raises:
         ValueError: a name matches nothing, a layer is named both whole and by slice or computes in a way of its own, slices of
-            one layer have unlike ranks, the model has an adapter of that name, one that contradicts this one, or layers made with
-            adapters, or a layer is merged; all faults of the targets at once, and the model is unchanged.
+            one layer or tied modules have unlike ranks, the model has an adapter of that name, one that contradicts this one, or
+            layers made with adapters, or a layer is merged; all faults of the targets at once, and the model is unchanged.
     """
     if adapted_layers(model) and not adapters_of(model).named:
         raise ValueError("this model is made with adapters already: inject takes one of plain layers")
@@ -112,18 +113,21 @@ def make_adapter(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None
     """What inject puts into the model, which does not change."""
     with placed(model, {}):
         layers = {target.path: target.layer(config, dtype) for target in find_targets(model, config)}
+        if config.ensure_weight_tying:
+            layers = with_shared_adapters(layers)
         saved = saved_modules(model, config)
-        copies = {module: copy.deepcopy(module) for module in saved.values()}
+        memo = {} if config.ensure_weight_tying else None  # with one memo, what modules share their copies share too
+        copies = {module: copy.deepcopy(module, memo) for module in saved.values()}
     return Adapter(config, layers, {path: copies[module] for path, module in saved.items()})
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The modules that config.modules_to_save names, the outermost of nested ones."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path and saved_whole(path, config) and not any(path.startswith(f"{outer}.") for outer in found):
-            found[path] = module
-    return found
+    """The modules that config.modules_to_save names and what is tied to them, the outermost of nested ones."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = {path for path in modules if path and saved_whole(path, config)}
+    chosen |= followers(model, chosen, config)
+    nested = {path for path in chosen if any(path.startswith(f"{outer}.") for outer in chosen)}
+    return {path: module for path, module in modules.items() if path in chosen - nested}
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -151,11 +155,12 @@ def remove(model: nn.Module) -> nn.Module:
 def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     """The layers that inject would replace, in the model's order; errors as there."""
     wanted, hit, faults, targets = config.target_modules, set(), [], []
+    named = _meant_whole(model, config)
+    following = followers(model, named, config)
     for path, module in model.named_modules():
-        kind = plain_kind(module)
-        if kind is None or (wanted == "all-linear" and kind is not nn.Linear):
+        if not _fits_kind(module, config) and path not in following:
             continue
-        whole, prefix = meant(path, config), path[: path.rfind(".") + 1]
+        whole, prefix = path in named | following, path[: path.rfind(".") + 1]
         # A pattern that fits the layer means the layer, though it may fit the slices too.
         packed = () if whole and isinstance(wanted, str) else getattr(module, "packed", ())
         enabled = tuple(name for name in packed if meant(prefix + name, config))
@@ -179,9 +184,24 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
             f"{', '.join(_names(model))}"
         )
     faults += _faults_of_others(model, config, targets)
+    faults += faults_of_tying(model, named, config)
+    if faults and following:
+        faults.append(f"{', '.join(sorted(following))} would follow, being tied: ensure_weight_tying = False leaves it alone")
     if faults:
         raise ValueError("; ".join(faults))
     return targets
+
+
+def _fits_kind(module: nn.Module, config: LoraConfig) -> bool:
+    """Whether a module is a layer of a kind that the targets may be of."""
+    kind = plain_kind(module)
+    return kind is nn.Linear or (kind is not None and config.target_modules != "all-linear")
+
+
+def _meant_whole(model: nn.Module, config: LoraConfig) -> set[str]:
+    """The paths of the layers that config names itself, and not by slices alone."""
+    fit = {path for path, module in model.named_modules() if _fits_kind(module, config) and meant(path, config)}
+    return fit - saved_modules(model, config).keys()
 
 
 def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target]) -> list[str]:

@@ -175,7 +175,7 @@ class Linear(LoRALayer, nn.Linear):
         if not self._adds():
             return F.linear(x, self.matrix, self.bias)
         dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self.matrix, self.lora_A, self.lora_B, self.scaling, self.bias, dropout, self.slices)
+        return lora_linear(x, self.matrix, *self.factors(), self.scaling, self.bias, dropout, self.slices)
 
     def delta(self) -> Tensor:
         """What the adapters add to each slice of the matrix, (width of the slices, in_features), in float32 or better."""

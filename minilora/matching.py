@@ -17,10 +17,15 @@ def hits(path: str, config: LoraConfig) -> set[str]:
 def meant(path: str, config: LoraConfig) -> bool:
     """Whether the module at a path is to be adapted: it is a target, in a chosen layer, neither excluded nor saved whole."""
     found = hits(path, config)
-    if _named(path, config.exclude_modules or []) or _inside(path, config.modules_to_save or []):
+    if excluded(path, config) or _inside(path, config.modules_to_save or []):
         return False
     # A path that is given whole is meant, whatever its layer.
     return path in found or (bool(found) and _in_chosen_layer(path, config))
+
+
+def excluded(path: str, config: LoraConfig) -> set[str]:
+    """The entries of config.exclude_modules that mean the module at a path."""
+    return _named(path, config.exclude_modules or [])
 
 
 def saved_whole(path: str, config: LoraConfig) -> set[str]:

@@ -25,7 +25,8 @@ def merge(model: nn.Module) -> None:
     The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory.
 
     A weight that several modules share (tied embedding and head) stays one parameter. It is merged where all of those modules
-    carry the same ΔW; where they do not, no single weight computes what the unmerged model does, and merging is refused.
+    carry the same ΔW, as those do that share one adapter (minilora.tying); where they do not, no single weight computes what the
+    unmerged model does, and merging is refused.
 
     Raises:
         ValueError: there is no adapter, one is merged already or has a bias, a merged weight would not be finite, or a shared
@@ -43,7 +44,8 @@ def merge(model: nn.Module) -> None:
     if torn:
         raise ValueError(
             "a weight that modules share can be merged only where all of them carry the same adapter, and these do not: "
-            f"{'; '.join(torn)}: keep the adapter unmerged, or give each module a weight of its own before merging"
+            f"{'; '.join(torn)}: train it with ensure_weight_tying = True, or first give each module a weight of its own "
+            "(minilora merge --untie)"
         )
     weights = {layer.weight: merged[path] for path, layer in layers.items()}  # one for modules that share theirs
     for layer in layers.values():

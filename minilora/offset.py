@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from minilora.config import LoraConfig
-from minilora.kernels.lora_linear import lora_linear
 from minilora.layers import MergedLinear
 
 
@@ -90,12 +89,6 @@ class OffsetLinear(MergedLinear):
         self.lora_A_start.copy_(torch.cat(parts[1::2]))
         self.lora_B.copy_(B[:, : self.r])
         self.lora_B_start.copy_(-B[:, self.r :])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        if not self._adds():
-            return super().forward(x)
-        return lora_linear(x, self.matrix, *self.factors(), self.scaling, self.bias, slices=self.slices)
 
 
 def as_saved(config: LoraConfig) -> LoraConfig:

@@ -60,6 +60,7 @@ def read_peft_config(path: Path | str) -> PeftConfig:
     # A key that is empty, false or "none" asks for nothing; any other that is not read here is refused.
     asked = {key: value for key, value in raw.items() if value and value != "none" and key not in known | WITHOUT_EFFECT}
     settings = {key: raw[key] for key in known if raw.get(key) is not None}
+    settings.setdefault("ensure_weight_tying", False)  # PEFT's default
     start = settings.pop("init_lora_weights", None)
     if start in STARTS:
         settings |= {"init_lora_weights": start, "lora_dropout": 0.0}  # which acts in training only
@@ -81,6 +82,8 @@ def make_peft_config(model: nn.Module, layers: dict[str, LoRALayer], base: str |
     """
     use_rslora = _common(use_rslora={layer.use_rslora for layer in layers.values()})
     config = getattr(model, "lora_config", LoraConfig())
+    saved = saved_modules(model, config)
+    trained = [layer.lora_A for layer in layers.values()] + [each for copy in {*saved.values()} for each in copy.parameters()]
     ranks = {path: len(layer.slices) * layer.factors()[1].shape[1] for path, layer in layers.items()}
     # Stacked slices have so many times the rank: alpha must grow with it (with its root under rsLoRA) for the same scaling.
     growth = 0.5 if use_rslora else 1
@@ -94,7 +97,8 @@ def make_peft_config(model: nn.Module, layers: dict[str, LoRALayer], base: str |
         "init_lora_weights": True,
         "bias": config.bias,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "modules_to_save": sorted(saved_modules(model, config)) or None,
+        "modules_to_save": sorted(saved) or None,
+        "ensure_weight_tying": len({*trained}) < len(trained),
         "layers_to_transform": None,
         "layers_pattern": None,
         "r": r,

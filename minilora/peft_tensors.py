@@ -11,6 +11,7 @@ from minilora.embedding import Embedding
 from minilora.kernels.lora_linear import Slices
 from minilora.layers import Linear, LoRALayer, spread
 from minilora.lora_bias import BiasedLinear
+from minilora.tying import TiedLinear
 
 
 def on_disk(layer: LoRALayer) -> dict[str, Tensor]:
@@ -60,6 +61,22 @@ def faults_outside_slices(path: str, layer: LoRALayer, tensors: dict[str, Tensor
         for key, within in expected.items()
         if not torch.allclose(within(tensors[f"{path}.{key}"]), tensors[f"{path}.{key}"], rtol=1e-5, atol=0)
     ]
+
+
+def faults_of_sharing(layers: dict[str, LoRALayer], tensors: dict[str, Tensor]) -> list[str]:
+    """Tied modules that share one adapter in the model, and have unlike ones in the file."""
+    first, faults = {}, []
+    for path, layer in layers.items():
+        if isinstance(layer, Embedding):
+            pair = tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"]
+        elif isinstance(layer, TiedLinear):
+            pair = tensors[f"{path}.lora_B.weight"].T, tensors[f"{path}.lora_A.weight"].T
+        else:
+            continue
+        source, expected = first.setdefault(layer.lora_A, (path, pair))
+        if not all(map(torch.equal, pair, expected)):
+            faults.append(f"{path} must have the adapter of {source}, to which it is tied, and has another one in the file")
+    return faults
 
 
 def refuse_convolutions(layers: dict[str, LoRALayer]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import rms_error, tiny_config, tiny_model
+from helpers import load_in_transformers, rms_error, tiny_config, tiny_model
 
 import minilora as lora
 from minilora import phi3
@@ -173,13 +173,41 @@ def test_merge_saves_a_head_that_was_trained_apart_from_its_embedding(tiny_check
         return tiny_model(config)
 
     phi3.save(base(), tmp_path / "base", tokenizer_from=tiny_checkpoint)
-    model = lora.inject(base(), lora.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]))
+    settings = {"modules_to_save": ["lm_head"], "ensure_weight_tying": False}
+    model = lora.inject(base(), lora.LoraConfig(r=2, target_modules=["o_proj"], **settings))
     torch.nn.init.normal_(model.lm_head.weight)
     lora.save_adapter(model, tmp_path / "adapter")
     run("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
-    assert "head and embedding apart" in capsys.readouterr().out
+    assert "head and embedding are apart now, and are saved so" in capsys.readouterr().out
     ids = torch.arange(40).view(2, 20)
     assert (phi3.load(tmp_path / "merged")(ids) - model(ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tying", [True, False])
+def test_merge_keeps_a_tied_model_tied_and_unties_it_only_when_asked(tiny_checkpoint, tmp_path, capsys, tying):
+    config = replace(phi3.load(tiny_checkpoint).config, tie_word_embeddings=True)
+    phi3.save(tiny_model(config), tmp_path / "base", tokenizer_from=tiny_checkpoint)
+    settings = {"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": tying}
+    model = lora.inject(tiny_model(config), lora.LoraConfig(**settings))
+    torch.nn.init.normal_(model.model.embed_tokens.lora_A)
+    lora.save_adapter(model, tmp_path / "adapter")
+    run("info", tmp_path / "adapter")
+    assert ("what is tied shares one adapter" in capsys.readouterr().out) == tying
+    argv = ["merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
+    if not tying:
+        assert main([str(arg) for arg in argv]) == 2
+        assert "ensure_weight_tying = True, or first give each module a weight of its own (minilora merge --untie)" in (
+            capsys.readouterr().err
+        )
+        assert not (tmp_path / "merged").exists()
+        argv.append("--untie")
+    run(*argv)
+    assert ("head and embedding are apart now" in capsys.readouterr().out) != tying
+    merged, ids = phi3.load(tmp_path / "merged"), torch.arange(40).view(2, 20)
+    assert merged.config.tie_word_embeddings == tying
+    assert rms_error(merged(ids), model(ids)) < 1e-5
+    assert rms_error(load_in_transformers(tmp_path / "merged")(ids).logits, model(ids)) < 1e-5
+    assert rms_error(model(ids), tiny_model(config)(ids)) > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
