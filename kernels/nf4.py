@@ -1,11 +1,15 @@
 """NormalFloat in 4 bits: the frozen weight of QLoRA, in blocks of 64 values that share a scale.
 
-    absmax_b = max |w| over block b      code_i = the entry of LEVELS nearest to w_i / absmax_b      ŵ_i = LEVELS[code_i] · absmax_b
+    absmax_b = max |w| over block b
+    code_i   = number of the entry of LEVELS nearest to w_i / absmax_b
+    ŵ_i      = LEVELS[code_i] · absmax_b
 
 LEVELS are quantiles of a normal distribution, so that each is used about equally often. Two codes share a byte, the first in
-its high half. The scales are quantised again, to 8 bits in groups of 256: 4.127 bits a weight in all.
+its high half. The scales are quantised again, to 8 bits in groups of 256, which makes 4.127 bits a weight:
 
-    offset = mean absmax      c_b = the entry of DYNAMIC nearest to (absmax_b − offset) / m      m = max |absmax − offset| of the group
+    offset   = mean absmax
+    m_h      = max |absmax − offset| over group h
+    c_b      = number of the entry of DYNAMIC nearest to (absmax_b − offset) / m_h
 
 All functions take flat values, on any device. Codes, scales and values equal those of bitsandbytes 0.50.2 on a CPU bit for bit.
 Source: Dettmers et al. 2023, "QLoRA", §3 and appendix E; Dettmers et al. 2022, "8-bit Optimizers", §1.3 for DYNAMIC.
@@ -18,7 +22,7 @@ from torch import Tensor
 BLOCK = 64  # values that share a scale
 GROUP = 256  # scales that share one themselves
 LEAST = 1e-38  # a smaller scale is taken for this one: its reciprocal still is a float32
-GRID = 65535  # steps in which bitsandbytes sees the range −1..1 when it looks for the nearest entry of DYNAMIC
+GRID = 65535  # steps into which bitsandbytes rounds −1..1 before it looks for the nearest entry of DYNAMIC
 
 LEVELS = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -28,7 +32,7 @@ LEVELS = torch.tensor([
 
 
 def _dynamic() -> Tensor:
-    """(256,) ascending: 2ⁱ numbers in the middles of equal parts of 0.1..1, times 10ⁱ⁻⁶, for i in 0..6 and both signs; 0 and 1."""
+    """(256,) ascending: for i in 0..6 the middles of 2ⁱ equal parts of 0.1..1, times 10ⁱ⁻⁶, with both signs; and 0 and 1."""
     edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
     positive = [10 ** (i - 6) * ((edge[:-1] + edge[1:]) / 2) for i, edge in enumerate(edges)]
     return torch.cat([*positive, *(-part for part in positive), torch.tensor([0.0, 1.0])]).sort().values
