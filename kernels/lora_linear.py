@@ -71,7 +71,7 @@ def backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, sl
     elif need_x or need_A:
         t = steps.down(dy, lora_B, slices, factor)
     if need_x:
-        gradients["x"] = steps.gemm(dy, weight.T, t, lora_A.T, whole, mask=mask)
+        gradients["x"] = steps.gemm(dy, weight.t(), t, lora_A.T, whole, mask=mask)
     if need_A:
         gradients["lora_A"] = steps.outer(x, t, lora_A.T, whole, mask).T
     if need_weight:

@@ -60,10 +60,14 @@ class NF4Tensor(Tensor):
         """The tensors inside."""
         return [getattr(self, name) for name in PARTS]
 
+    def absmax(self) -> Tensor:
+        """(⌈N·K/64⌉,) float32, the scale of each block."""
+        return expand(*self.parts[1:])
+
     def row_blocks(self, values: int):
         """Yields (rows, their values (⋯, K) in dtype) for slices of rows of about so many values, all of the rows in order."""
         N, K = self.shape
-        absmax, step = expand(*self.parts[1:]), max(1, values // K)
+        absmax, step = self.absmax(), max(1, values // K)
         for start in range(0, N, step):
             stop = min(start + step, N)
             first, end = start * K // BLOCK, -(-stop * K // BLOCK)  # the blocks that these rows have a part of
@@ -165,7 +169,9 @@ def _addmm(bias: Tensor | None, x: Tensor, weight: NF4Tensor) -> Tensor:
     if isinstance(x, NF4Tensor) or isinstance(bias, NF4Tensor) or not isinstance(weight, NF4Tensor):
         raise NotImplementedError("a 4-bit weight multiplies from the right only, x Wᵀ: dequantize() it first")
     if x.dtype != weight.dtype:
-        raise ValueError(f"x and the 4-bit weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x, or weight.to(dtype)")
+        raise ValueError(
+            f"x and the 4-bit weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x, or weight.to(dtype)"
+        )
     return _linear_op(x, weight.parts, list(weight.stored_shape), not weight.transposed, bias)
 
 
