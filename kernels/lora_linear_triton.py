@@ -22,7 +22,7 @@ from minilora.kernels.dropout import threshold
 from minilora.kernels.dropout_triton import keep_tile
 from minilora.kernels.lora_linear_torch import Slices
 from minilora.kernels.nf4_tensor import NF4Tensor
-from minilora.kernels.nf4_triton import dequantize_blocks, weight_tile
+from minilora.kernels.nf4_triton import dequantize_blocks, expand, weight_tile
 
 
 @triton.jit
@@ -346,7 +346,7 @@ def _gemm_nf4(X: Tensor, W: NF4Tensor, S: Tensor, U: Tensor, slices: Slices, bia
     Y = X.new_empty(M, N)
     if M:
         gemm_nf4_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
-            X, W.codes, W.absmax(), S, U, bias, Y, *mask, M, N, K, *X.stride(), *U.stride(),
+            X, W.codes, expand(*W.parts[1:]), S, U, bias, Y, *mask, M, N, K, *X.stride(), *U.stride(),
             SLICES=with_rows(slices), R=R, DROPOUT=mask.threshold > 0, HAS_BIAS=bias is not None, TRANSPOSED=W.transposed,
             PRECISION=precision(), BM=tile.BM, BN=tile.BN, BK=tile.BK, BR=block_of_ranks(R, X.element_size()), GROUP=8,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -356,7 +356,7 @@ def _gemm_nf4(X: Tensor, W: NF4Tensor, S: Tensor, U: Tensor, slices: Slices, bia
 
 def dequantize(W: NF4Tensor) -> Tensor:
     """The weight, in a buffer that the next layer gets again: PyTorch's allocator hands out what was freed last, by stream."""
-    values = dequantize_blocks(W.codes, W.absmax(), W.numel(), W.dtype).view(W.stored_shape)
+    values = dequantize_blocks(W.codes, expand(*W.parts[1:]), W.numel(), W.dtype).view(W.stored_shape)
     return values.T if W.transposed else values
 
 

@@ -60,14 +60,10 @@ class NF4Tensor(Tensor):
         """The tensors inside."""
         return [getattr(self, name) for name in PARTS]
 
-    def absmax(self) -> Tensor:
-        """(⌈N·K/64⌉,) float32, the scale of each block."""
-        return expand(*self.parts[1:])
-
     def row_blocks(self, values: int):
         """Yields (rows, their values (⋯, K) in dtype) for slices of rows of about so many values, all of the rows in order."""
         N, K = self.shape
-        absmax, step = self.absmax(), max(1, values // K)
+        absmax, step = expand(*self.parts[1:]), max(1, values // K)
         for start in range(0, N, step):
             stop = min(start + step, N)
             first, end = start * K // BLOCK, -(-stop * K // BLOCK)  # the blocks that these rows have a part of

@@ -1,7 +1,9 @@
-"""NF4 as Triton kernels: `quantize_blocks` and `dequantize_blocks` of minilora.kernels.nf4, bit for bit, and a tile of a weight.
+"""NF4 as Triton kernels: `quantize_blocks`, `dequantize_blocks` and `expand` of minilora.kernels.nf4, bit for bit, and a tile.
 
 A code is a number of one of 16 levels; two share a byte, the first in its high half. Sixty-four values in a row share an absmax.
 """
+
+import functools
 
 import torch
 import triton
@@ -11,7 +13,8 @@ from torch import Tensor
 from minilora.kernels import nf4, tiles
 from minilora.kernels.nf4 import BLOCK
 
-_BLOCK, _LEAST, _LEVELS = tl.constexpr(BLOCK), tl.constexpr(nf4.LEAST), tl.constexpr(tuple(nf4.LEVELS.tolist()))
+_BLOCK, _GROUP, _LEAST = tl.constexpr(BLOCK), tl.constexpr(nf4.GROUP), tl.constexpr(nf4.LEAST)
+_LEVELS = tl.constexpr(tuple(nf4.LEVELS.tolist()))
 _MIDPOINTS = tl.constexpr(tuple(((nf4.LEVELS[:-1] + nf4.LEVELS[1:]) / 2).tolist()))
 
 
@@ -103,6 +106,23 @@ def quantize_kernel(
     tl.store(CODES + byte, (16 * high + low).to(tl.uint8), mask=byte < bytes)
 
 
+@triton.jit
+def expand_kernel(
+    CODES,  # (b,) uint8
+    NESTED,  # (⌈b / 256⌉,) float32
+    OFFSET,  # () float32
+    TABLE,  # (256,) float32
+    ABSMAX,  # (b,) float32
+    b,
+    COUNT: tl.constexpr,  # of scales, that one program takes
+):  # fmt: skip
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    inside = at < b
+    share = tl.load(TABLE + tl.load(CODES + at, mask=inside, other=0).to(tl.int32))
+    absmax = share * tl.load(NESTED + at // _GROUP, mask=inside, other=0.0) + tl.load(OFFSET)
+    tl.store(ABSMAX + at, absmax, mask=inside)
+
+
 def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (⌈n/2⌉,) uint8, absmax (⌈n/64⌉,) float32) of contiguous values (n,), in any floating dtype.
 
@@ -128,3 +148,19 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype)
             codes, absmax, values, n, len(codes), BLOCKS=tile.BM, num_warps=tile.num_warps
         )
     return values
+
+
+def expand(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
+    """(b,) float32 scales of their own codes: in one launch a third of the bytes of the operations that it is made of."""
+    absmax = codes.new_empty(len(codes), dtype=torch.float32)
+    expand_kernel[(triton.cdiv(len(codes), tiles.SCALES),)](
+        codes, nested, offset, _dynamic(codes.device), absmax, len(codes), COUNT=tiles.SCALES, num_warps=4,
+        enable_fp_fusion=False,  # the product is rounded before the sum, as in nf4
+    )  # fmt: skip
+    return absmax
+
+
+@functools.cache
+def _dynamic(device: torch.device) -> Tensor:
+    """nf4.DYNAMIC on a device, copied there once."""
+    return nf4.DYNAMIC.to(device)

@@ -74,7 +74,9 @@ def for_sweep(itemsize: int) -> Tile:
     return Tile(256, 64, 0, 8, 3) if itemsize == 2 else Tile(64, 64, 0, 4, 2)
 
 
-FOR_BLOCKS = Tile(64, 64, 0, 4, 3)  # BM blocks of 64 weights, quantised or dequantised whole; bound by memory, no loop
+FOR_BLOCKS = Tile(16, 64, 0, 4, 3)  # BM blocks of 64 weights, quantised or dequantised whole; bound by memory, without a loop
+
+SCALES = 512  # of blocks, that one program expands
 
 
 def sweep_wins(itemsize: int, rank: int, aligned: bool) -> bool:

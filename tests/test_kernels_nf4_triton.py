@@ -11,6 +11,8 @@ from lora_linear_cases import TOLERANCE, run, slices_of, tensors_of
 from without_gpu import SHARED_LIMIT, Compiled, MemoryFault, compiling, counting, interpreting, planted
 
 from minilora.kernels import lora_linear_torch, lora_linear_triton, nf4, nf4_triton, tiles
+from minilora.kernels.dropout import draw_seed
+from minilora.kernels.lora_linear import lora_linear, lora_linear_reference
 from minilora.kernels.nf4_tensor import NF4Tensor
 
 ARCHS = (80, 89, 90)
@@ -57,6 +59,15 @@ def test_codes_scales_and_values_equal_those_of_plain_pytorch_bit_for_bit(n, kin
     assert torch.equal(ours[1], absmax)
     assert torch.equal(back, nf4.dequantize_blocks(codes, absmax, n, dtype))
     assert kind != "usual" or rms_error(back, values) < 0.2
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([1, 255, 256, 257, 1100]), st.integers(0, 2**31))
+def test_scales_are_expanded_as_in_plain_pytorch_bit_for_bit(b, seed):
+    torch.manual_seed(seed)
+    parts = nf4.compress(torch.rand(b))
+    with interpreting():
+        assert torch.equal(nf4_triton.expand(*parts), nf4.expand(*parts))
 
 
 def test_nothing_at_all_is_quantised_without_a_launch():
@@ -118,10 +129,10 @@ def test_a_step_on_a_4_bit_weight_is_within_rounding_of_float64(case, arch):
 @pytest.mark.parametrize(
     ("M", "K", "kernels"),
     [
-        (1, 128, ["gemm_nf4"]),
-        (32, 128, ["gemm_nf4"]),
-        (33, 128, ["dequantize", "gemm"]),
-        (1, 96, ["dequantize", "gemm"]),
+        (1, 128, ["expand", "gemm_nf4"]),
+        (32, 128, ["expand", "gemm_nf4"]),
+        (33, 128, ["expand", "dequantize", "gemm"]),
+        (1, 96, ["expand", "dequantize", "gemm"]),
         (0, 128, []),
     ],
 )
@@ -130,6 +141,22 @@ def test_few_tokens_dequantise_inside_the_product_and_many_before_it(M, K, kerne
     with interpreting() as launches:
         run(lora_linear_triton, inputs, dy, slices, needed=(True, False, False, False, False))
     assert [launch.kernel.removesuffix("_kernel") for launch in launches if launch.kernel != "down_kernel"] == kernels * 2
+
+
+@pytest.mark.parametrize(("M", "K"), [(20, 128), (40, 128), (20, 65)])
+def test_lora_linear_and_its_gradients_on_a_4_bit_weight_are_those_of_what_it_stands_for(M, K):
+    inputs, plain, dy, slices = step_of(M, 70, K, 4, ((0, 30), (40, 70)))
+    results = []
+    for operation, tensors in (lora_linear, inputs), (lora_linear_reference, plain):
+        x, weight, lora_A, lora_B, bias = tensors
+        leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B, bias)]
+        torch.manual_seed(3)
+        more = {} if operation is lora_linear else {"seed": draw_seed(x.device)}
+        with interpreting() as launches:
+            y = operation(leaves[0], weight, *leaves[1:3], 1.5, leaves[3], 0.4, slices=slices, **more)
+            results.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+        assert bool(launches) == (operation is lora_linear)
+    assert max(map(rms_error, *results)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("M", [20, 40])
@@ -169,6 +196,8 @@ MUTANTS = {  # what stands in the source of nf4_triton, what a fault puts there,
     "a tie goes to the upper level": ("share > _MIDPOINTS[i]", "share >= _MIDPOINTS[i]", 1),
     "a short block is multiplied as the others": ("tl.div_rn(values, divisor[:, None])", "values * inverse[:, None]", 1),
     "a short block keeps a scale of zero": ("tl.where(short, divisor, absmax)", "absmax", 1),
+    "groups of scales are shifted": ("NESTED + at // _GROUP", "NESTED + (at + 1) // _GROUP", 1),
+    "the offset is forgotten": (" + tl.load(OFFSET)", "", 1),
     "the scale has a sign": ("& 0x7FFFFFFF", "& -1", 1),
 }  # fmt: skip
 MUTANTS_OF_THE_PRODUCT = {  # the same of lora_linear_triton
@@ -195,6 +224,10 @@ def faults_of(kernels, products) -> list[str]:
             continue
         expected = *expected, nf4.dequantize_blocks(*expected, len(values), torch.float32)
         faults += [f"{len(values)} values" for pair in zip(found, expected, strict=True) if not torch.equal(*pair)]
+    scales = nf4.compress(torch.rand(300))
+    with interpreting():
+        if not torch.equal(kernels.expand(*scales), nf4.expand(*scales)):
+            faults.append("scales")
     for M, N, K in [(20, 70, 128), (40, 70, 65)]:
         case = *step_of(M, N, K, 3, ((0, 30), (40, N))), torch.tensor(5), 1.5, 0.4
         try:
@@ -213,7 +246,7 @@ def test_the_kernels_themselves_pass_where_mutants_must_not():
 def test_a_planted_fault_is_found(name, tmp_path, monkeypatch):
     linecache.checkcache()
     mutant = planted(nf4_triton, *MUTANTS[name], tmp_path)
-    for function in ("weight_tile", "dequantize_blocks"):
+    for function in ("weight_tile", "dequantize_blocks", "expand"):
         monkeypatch.setattr(lora_linear_triton, function, getattr(mutant, function))
     assert faults_of(mutant, lora_linear_triton)
 
@@ -270,8 +303,10 @@ def assert_runs_well(kernel: Compiled, arch: int) -> None:
 def test_each_product_that_dequantises_is_sound_machine_code(arch, M, layer, R, dropout, dtype, slices):
     with compiling(arch) as compiled:
         products(M, *LAYERS[layer], R, dropout, dtype, slices)
-    assert [kernel.kernel for kernel in compiled] == ["gemm_nf4_kernel"] * 2
-    for kernel in compiled:
+    assert [kernel.kernel for kernel in compiled] == ["expand_kernel", "gemm_nf4_kernel"] * 2
+    for expand, kernel in zip(compiled[::2], compiled[1::2], strict=True):
+        assert_runs_well(expand, arch)
+        assert expand.opcodes["FFMA"] == 0  # which would round once where plain PyTorch rounds twice
         assert_runs_well(kernel, arch)
         assert kernel.opcodes["LDGSTS"] >= 4, "the product waits for each of its loads"
         if dtype != torch.float32:  # which has no tensor cores in IEEE arithmetic
@@ -321,9 +356,7 @@ def test_before_the_product_codes_and_scales_are_read_once_and_the_weight_is_wri
 def test_the_way_that_is_chosen_for_few_tokens_moves_an_eighth_of_the_bytes(layer, monkeypatch):
     N, K = LAYERS[layer]
     (x, weight, _, lora_B, _), _, slices = meta_step(32, N, K, 16)
-    scales, update = weight.absmax(), x.new_empty(32, 16)
-    moved = {}
-    monkeypatch.setattr(NF4Tensor, "absmax", lambda weight: scales)
+    update, moved, scales = x.new_empty(32, 16), {}, N * K // 64
     for inside in (True, False):
         monkeypatch.setattr(tiles, "dequantise_inside", lambda *_, inside=inside: inside)
         with counting(90) as traffic:
@@ -331,8 +364,8 @@ def test_the_way_that_is_chosen_for_few_tokens_moves_an_eighth_of_the_bytes(laye
         moved[inside] = traffic.total
         assert sum(flops for _, flops in traffic.operations) == 2 * 32 * N * (K + 16)
     assert moved[False] - moved[True] == 4 * N * K  # the buffer, written and read
-    rest = 2 * 32 * (N + K + 16) + 4 * 16 * N
-    assert moved[True] == N * K // 2 + N * K // 64 * 4 + rest
+    expanding = scales + scales // 256 * 4 + 4 + 256 * 4 + 4 * scales
+    assert moved[True] == expanding + N * K // 2 + 4 * scales + 2 * 32 * (N + K + 16) + 4 * 16 * N
 
 
 # ── on a GPU, where there is one ─────────────────────────────────────────────────────────────────────────────────────
