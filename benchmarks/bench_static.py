@@ -114,7 +114,9 @@ def facts(kernel: Compiled) -> dict:
     constants = kernel.constants
     return {
         "kernel": kernel.kernel.removesuffix("_kernel") + (" of dX" if constants.get("TRANSPOSED") else ""),
-        "tile": "×".join(str(constants[name]) for name in ("BM", "BN", "BLOCKS", "COUNT") if name in constants),
+        "tile": "×".join(
+            str(constants[n]) for n in (("BM", "BN") if "BM" in constants else ("BLOCKS", "COUNT")) if n in constants
+        ),
         "warps": constants["num_warps"],
         "registers": kernel.registers,
         "spilled bytes": kernel.stack,
