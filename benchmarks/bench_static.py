@@ -11,10 +11,13 @@ from benchmarks import protocol
 from benchmarks.bench_lora_linear import LAYERS
 from minilora.kernels import lora_linear_triton
 from minilora.kernels.lora_linear import backward, forward
-from tests.without_gpu import compiling, counting
+from minilora.kernels.nf4 import BLOCK, GROUP
+from minilora.kernels.nf4_tensor import NF4Tensor
+from tests.without_gpu import Compiled, Traffic, compiling, counting
 
 PEAKS = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12), "RTX 4090": (165e12, 1.01e12)}  # FLOP/s in bfloat16, bytes/s
 M, R = 4096, 16
+FEW = (1, 16, 32, M)  # tokens of the products with a 4-bit weight
 
 
 def main() -> None:
@@ -23,11 +26,12 @@ def main() -> None:
         row for arch in (80, 89, 90) for name in LAYERS for dropout in (0.0, 0.05) for row in machine_code(arch, name, dropout)
     ]
     lines = [roofline(name, dropout) for name in LAYERS for dropout in (0.0, 0.05)]
-    show(code)
-    show(lines)
-    protocol.write(
-        "static", [{"tokens": M, "r": R, "dtype": "bfloat16, adapters float32", "machine_code": code, "roofline": lines}]
-    )
+    code_nf4 = [row for arch in (80, 89, 90) for row in machine_code_nf4(arch, "qkv")]
+    lines_nf4 = [roofline_nf4(name, tokens) for name in LAYERS for tokens in FEW]
+    for rows in (code, lines, code_nf4, lines_nf4):
+        show(rows)
+    results = {"machine_code": code, "roofline": lines, "machine_code_nf4": code_nf4, "roofline_nf4": lines_nf4}
+    protocol.write("static", [{"tokens": M, "r": R, "dtype": "bfloat16, adapters float32"} | results])
 
 
 def show(rows: list[dict]) -> None:
@@ -68,27 +72,79 @@ class Step:
         return 2 * (3 * self.x.numel() + 2 * self.weight.numel() + 2 * self.dy.numel() + M * R) + 3 * adapter
 
 
+class Product:
+    """Y and dX of one layer for a number of tokens, on no device, with a 16-bit or a 4-bit weight."""
+
+    def __init__(self, name: str, tokens: int):
+        (N, K), scales = LAYERS[name], -(-LAYERS[name][0] * LAYERS[name][1] // BLOCK)
+        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+        parts = empty(N * K // 2, dtype=torch.uint8), empty(scales, dtype=torch.uint8)
+        nested = empty(-(-scales // GROUP), dtype=torch.float32), empty(dtype=torch.float32)
+        self.four_bit, self.plain = NF4Tensor(*parts, *nested, (N, K), torch.bfloat16), empty(N, K)
+        self.x, self.dy, self.s = empty(tokens, K), empty(tokens, N), empty(tokens, R)
+        self.lora_A, self.lora_B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
+
+    def forward(self, weight: torch.Tensor) -> None:
+        lora_linear_triton.gemm(self.x, weight, self.s, self.lora_B, ((0, weight.shape[0]),))
+
+    def backward(self, weight: torch.Tensor) -> None:
+        lora_linear_triton.gemm(self.dy, weight.t(), self.s, self.lora_A.T, ((0, weight.shape[1]),))
+
+
 def machine_code(arch: int, name: str, dropout: float) -> list[dict]:
     """One row a kernel of the step, from what Triton compiles for the architecture."""
     with compiling(arch) as compiled:
         Step(name, dropout).ours()
-    return [
-        {
-            "arch": f"sm_{arch}",
-            "layer": name,
-            "dropout": dropout,
-            "kernel": kernel.kernel.removesuffix("_kernel"),
-            "tile": f"{kernel.constants['BM']}×{kernel.constants['BN']}",
-            "warps": kernel.constants["num_warps"],
-            "registers": kernel.registers,
-            "spilled bytes": kernel.stack,
-            "shared bytes": kernel.shared,
-            "tensor-core instructions": kernel.tensor_instructions,
-            "asynchronous loads": kernel.opcodes["LDGSTS"],
-            "clocks to issue a step": kernel.issue_clocks,
-        }
-        for kernel in compiled
-    ]
+    return [{"arch": f"sm_{arch}", "layer": name, "dropout": dropout} | facts(kernel) for kernel in compiled]
+
+
+def machine_code_nf4(arch: int, name: str) -> list[dict]:
+    """One row a kernel that dequantises: inside Y and dX for few tokens, before them for many."""
+    rows = []
+    for tokens in FEW[1:]:
+        with compiling(arch) as compiled:
+            product = Product(name, tokens)
+            product.forward(product.four_bit)
+            product.backward(product.four_bit)
+        rows += [{"arch": f"sm_{arch}", "layer": name, "tokens": tokens} | facts(kernel) for kernel in compiled]
+    return rows
+
+
+def facts(kernel: Compiled) -> dict:
+    constants = kernel.constants
+    return {
+        "kernel": kernel.kernel.removesuffix("_kernel") + (" of dX" if constants.get("TRANSPOSED") else ""),
+        "tile": "×".join(
+            str(constants[n]) for n in (("BM", "BN") if "BM" in constants else ("BLOCKS", "COUNT")) if n in constants
+        ),
+        "warps": constants["num_warps"],
+        "registers": kernel.registers,
+        "spilled bytes": kernel.stack,
+        "shared bytes": kernel.shared,
+        "tensor-core instructions": kernel.tensor_instructions,
+        "asynchronous loads": kernel.opcodes["LDGSTS"],
+        "clocks to issue a step": kernel.issue_clocks,
+    }
+
+
+def roofline_nf4(name: str, tokens: int) -> dict:
+    """Bytes and roofline times of Y with a 4-bit weight over those with a 16-bit one."""
+    product, moved, times = Product(name, tokens), {}, {}
+    for weight in (product.four_bit, product.plain):
+        with counting(90) as traffic:
+            product.forward(weight)
+        moved[weight], times[weight] = traffic.total, roofline_times(traffic)
+    (bytes_4, bytes_16), (times_4, times_16) = moved.values(), times.values()
+    row = {"layer": name, "tokens": tokens, "4-bit bytes / 16-bit": round(bytes_4 / bytes_16, 3)}
+    return row | {f"4-bit / 16-bit on {gpu}": round(times_4[gpu] / times_16[gpu], 3) for gpu in PEAKS}
+
+
+def roofline_times(traffic: Traffic) -> dict[str, float]:
+    """Seconds on each GPU: of every launch its bytes or its products, whichever take longer."""
+    return {
+        gpu: sum(max(flops / flop_rate, moved / byte_rate) for moved, flops in traffic.operations)
+        for gpu, (flop_rate, byte_rate) in PEAKS.items()
+    }
 
 
 def roofline(name: str, dropout: float) -> dict:
@@ -98,10 +154,7 @@ def roofline(name: str, dropout: float) -> dict:
     for way in (step.ours, step.eager_peft, step.frozen):
         with counting(90) as traffic:
             way()
-        times[way.__name__] = {
-            gpu: sum(max(flops / flop_rate, moved / byte_rate) for moved, flops in traffic.operations)
-            for gpu, (flop_rate, byte_rate) in PEAKS.items()
-        }
+        times[way.__name__] = roofline_times(traffic)
         if way != step.frozen:
             row[f"{way.__name__} bytes / least"] = round(traffic.total / step.least_bytes(), 3)
     for gpu in PEAKS:

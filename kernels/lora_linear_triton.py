@@ -22,6 +22,7 @@ from minilora.kernels.dropout import threshold
 from minilora.kernels.dropout_triton import keep_tile
 from minilora.kernels.lora_linear_torch import Slices
 from minilora.kernels.nf4_tensor import NF4Tensor
+from minilora.kernels.nf4_triton import dequantize_blocks, expand, weight_tile
 
 
 @triton.jit
@@ -104,6 +105,47 @@ def add_update(
 
 
 @triton.jit
+def place_of_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of this program's tile: GROUP rows of tiles run side by side, and share W in the L2 cache."""
+    tiles_n = tl.cdiv(N, BN)
+    group, within = tl.program_id(0) // (GROUP * tiles_n), tl.program_id(0) % (GROUP * tiles_n)
+    height = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
+    return (group * GROUP + within % height) * BM, within // height * BN
+
+
+@triton.jit
+def update_of_tile(
+    S, U, SEED, threshold, first_n, rm, m64, rn,  # as in the kernels that call it
+    stride_un, stride_ur,
+    SLICES: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """keep ⊙ [S_g U_gᵀ] in a tile, which the frozen product is added to.
+
+    It comes first: after the product, with the accumulator full, the update and its mask would need as many registers again
+    (128 × 256 on sm_90 with dropout: 2,132 bytes spilled after it, none before it).
+    """
+    G: tl.constexpr = len(SLICES)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for g in tl.static_range(G):
+        if (first_n < SLICES[g][1]) & (first_n + BN > SLICES[g][0]):
+            acc = add_update(acc, S + g * R, U, m64, rn, G * R, stride_un, stride_ur,
+                             SLICES[g][0], SLICES[g][1], SLICES[g][2], R, PRECISION, BR)  # fmt: skip
+    if DROPOUT:
+        acc = tl.where(keep_tile(tl.load(SEED), rm, first_n, threshold, BM, BN), acc, 0.0)
+    return acc
+
+
+@triton.jit
+def store_tile(acc, BIAS, Y, rm, rn, n64, M, N, HAS_BIAS: tl.constexpr):
+    """Y and the bias, where there is one, in a tile."""
+    if HAS_BIAS:
+        acc += tl.load(BIAS + n64)[None, :].to(tl.float32)
+    tl.store(Y + rm.to(tl.int64)[:, None] * N + rn[None, :], acc.to(Y.dtype.element_ty),
+             mask=(rm[:, None] < M) & (rn[None, :] < N))  # fmt: skip
+
+
+@triton.jit
 def gemm_kernel(
     X,  # (M, K)
     W,  # (N, K)
@@ -118,29 +160,14 @@ def gemm_kernel(
     SLICES: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,  # BK divides K: the loop needs no mask
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    GROUP: tl.constexpr,  # rows of tiles that run side by side, and share W in the L2 cache
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program a (BM, BN) tile of Y.
-
-    The update comes first and the frozen product is added to it: after it, with the accumulator full, the update and its
-    mask would need as many registers again (128 × 256 on sm_90 with dropout: 2,132 bytes spilled after it, none before it).
-    """
-    G: tl.constexpr = len(SLICES)
-    tiles_n = tl.cdiv(N, BN)
-    group, within = tl.program_id(0) // (GROUP * tiles_n), tl.program_id(0) % (GROUP * tiles_n)
-    height = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
-    first_m, first_n = (group * GROUP + within % height) * BM, within // height * BN
+    """One program a (BM, BN) tile of Y."""
+    first_m, first_n = place_of_tile(M, N, BM, BN, GROUP)
     rm, rn, rk = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
     m64, n64 = (rm % M).to(tl.int64), (rn % N).to(tl.int64)  # past the edge: other rows, never stored, instead of masks
-
-    acc = tl.zeros((BM, BN), tl.float32)
-    for g in tl.static_range(G):
-        if (first_n < SLICES[g][1]) & (first_n + BN > SLICES[g][0]):
-            acc = add_update(acc, S + g * R, U, m64, rn, G * R, stride_un, stride_ur,
-                             SLICES[g][0], SLICES[g][1], SLICES[g][2], R, PRECISION, BR)  # fmt: skip
-    if DROPOUT:
-        acc = tl.where(keep_tile(tl.load(SEED), rm, first_n, threshold, BM, BN), acc, 0.0)
-
+    acc = update_of_tile(S, U, SEED, threshold, first_n, rm, m64, rn, stride_un, stride_ur,
+                         SLICES, R, DROPOUT, PRECISION, BM, BN, BR)  # fmt: skip
     x_at = X + m64[:, None] * stride_xm + rk.to(tl.int64)[None, :] * stride_xk
     w_at = W + n64[None, :] * stride_wn + rk.to(tl.int64)[:, None] * stride_wk
     for k in range(0, K, BK):
@@ -152,10 +179,37 @@ def gemm_kernel(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_at += tl.cast(stride_xk, tl.int64) * BK
         w_at += tl.cast(stride_wk, tl.int64) * BK
-    if HAS_BIAS:
-        acc += tl.load(BIAS + n64)[None, :].to(tl.float32)
-    tl.store(Y + rm.to(tl.int64)[:, None] * N + rn[None, :], acc.to(Y.dtype.element_ty),
-             mask=(rm[:, None] < M) & (rn[None, :] < N))  # fmt: skip
+    store_tile(acc, BIAS, Y, rm, rn, n64, M, N, HAS_BIAS)
+
+
+@triton.jit
+def gemm_nf4_kernel(
+    X,  # (M, K)
+    CODES, ABSMAX,  # of W (N, K), or of Wᵀ (K, N) where TRANSPOSED: as weight_tile takes them
+    S, U, BIAS, Y, SEED, threshold,  # as in gemm_kernel
+    M, N, K,
+    stride_xm, stride_xk, stride_un, stride_ur,
+    SLICES: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """gemm_kernel with a 4-bit weight, dequantised as it is read: for few tokens, that is few programs to read it again."""
+    first_m, first_n = place_of_tile(M, N, BM, BN, GROUP)
+    rm, rn, rk = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
+    m64, n64 = (rm % M).to(tl.int64), (rn % N).to(tl.int64)
+    acc = update_of_tile(S, U, SEED, threshold, first_n, rm, m64, rn, stride_un, stride_ur,
+                         SLICES, R, DROPOUT, PRECISION, BM, BN, BR)  # fmt: skip
+    x_at = X + m64[:, None] * stride_xm + rk.to(tl.int64)[None, :] * stride_xk
+    for k in range(0, K, BK):
+        x = tl.load(x_at, mask=rk[None, :] < K - k, other=0.0)
+        if TRANSPOSED:
+            k64 = ((k + rk) % K).to(tl.int64)  # past the end: other rows, times zeros of x
+            w = weight_tile(CODES, ABSMAX, k64, first_n, N, x.dtype, BK, BN)
+        else:
+            w = tl.trans(weight_tile(CODES, ABSMAX, n64, k, K, x.dtype, BN, BK))
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_at += tl.cast(stride_xk, tl.int64) * BK
+    store_tile(acc, BIAS, Y, rm, rn, n64, M, N, HAS_BIAS)
 
 
 @triton.jit
@@ -265,11 +319,15 @@ def down(P: Tensor, U: Tensor, slices: Slices, factor: float, mask: Mask = NO_MA
     return total(S, P.dtype)
 
 
-def gemm(X: Tensor, W: Tensor, S: Tensor, U: Tensor, slices: Slices, bias: Tensor | None = None, mask: Mask = NO_MASK) -> Tensor:
-    """Y (M, N) in X's dtype; a 4-bit W is dequantised for it."""
-    if isinstance(W, NF4Tensor):
-        W = W.dequantize()
+def gemm(
+    X: Tensor, W: Tensor | NF4Tensor, S: Tensor, U: Tensor, slices: Slices, bias: Tensor | None = None, mask: Mask = NO_MASK
+) -> Tensor:
+    """Y (M, N) in X's dtype. A 4-bit W is dequantised in the product for few tokens, and before it for many."""
     (M, K), N, R = X.shape, W.shape[0], U.shape[1]
+    if isinstance(W, NF4Tensor):
+        if tiles.dequantise_inside(M, W.stored_shape[1]):
+            return _gemm_nf4(X, W, S, U, slices, bias, mask)
+        W = dequantize(W)
     tile = tiles.for_gemm(arch(), X.element_size(), M, N, R, mask.threshold > 0, aligned(X) and aligned(W))
     Y = X.new_empty(M, N)
     if M:
@@ -280,6 +338,26 @@ def gemm(X: Tensor, W: Tensor, S: Tensor, U: Tensor, slices: Slices, bias: Tenso
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return Y
+
+
+def _gemm_nf4(X: Tensor, W: NF4Tensor, S: Tensor, U: Tensor, slices: Slices, bias: Tensor | None, mask: Mask) -> Tensor:
+    (M, K), N, R = X.shape, W.shape[0], U.shape[1]
+    tile = tiles.for_gemm_nf4(X.element_size(), M)
+    Y = X.new_empty(M, N)
+    if M:
+        gemm_nf4_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
+            X, W.codes, expand(*W.parts[1:]), S, U, bias, Y, *mask, M, N, K, *X.stride(), *U.stride(),
+            SLICES=with_rows(slices), R=R, DROPOUT=mask.threshold > 0, HAS_BIAS=bias is not None, TRANSPOSED=W.transposed,
+            PRECISION=precision(), BM=tile.BM, BN=tile.BN, BK=tile.BK, BR=block_of_ranks(R, X.element_size()), GROUP=8,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return Y
+
+
+def dequantize(W: NF4Tensor) -> Tensor:
+    """The weight, in a buffer that the next layer gets again: PyTorch's allocator hands out what was freed last, by stream."""
+    values = dequantize_blocks(W.codes, expand(*W.parts[1:]), W.numel(), W.dtype).view(W.stored_shape)
+    return values.T if W.transposed else values
 
 
 def outer(P: Tensor, S: Tensor, U: Tensor, slices: Slices, mask: Mask = NO_MASK) -> Tensor:

@@ -61,11 +61,16 @@ def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     if len(rest):  # bitsandbytes divides a short block, and keeps the scale that it divides by
         last = rest.abs().amax(dim=0, keepdim=True).clamp(min=LEAST)
         absmax, scaled = torch.cat([absmax, last]), torch.cat([scaled, rest / last])
+    require_finite(absmax, values)
+    codes = F.pad(_nearest(scaled, LEVELS), (0, len(values) % 2), value=7)  # LEVELS[7] is 0
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+def require_finite(absmax: Tensor, values: Tensor) -> None:
+    """ValueError, saying how many, where the scales show that a value is NaN or infinite in float32."""
     if not absmax.isfinite().all():
         kinds = f"{int(values.isnan().sum())} NaN and {int(values.isinf().sum())} infinite"
         raise ValueError(f"4-bit weights must be finite in float32, not {kinds} of {len(values)} values")
-    codes = F.pad(_nearest(scaled, LEVELS), (0, len(values) % 2), value=7)  # LEVELS[7] is 0
-    return codes[::2] << 4 | codes[1::2], absmax
 
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from helpers import rms_error
 from hypothesis import strategies as st
 
 from minilora.kernels.dropout import draw_seed
-from minilora.kernels.lora_linear import lora_linear, lora_linear_reference
+from minilora.kernels.lora_linear import backward, forward, lora_linear, lora_linear_reference
 
 TENSORS = ("x", "weight", "lora_A", "lora_B", "bias")
 # Largest RMS(error) / RMS(reference) allowed, by the dtype of x: about 1.4 times the worst of 1,500 cases, 60 times in float64.
@@ -87,6 +87,31 @@ def cases(draw, dtypes, leadings, sizes, ranks, least_columns):
         dropout=draw(st.sampled_from([0.0, 0.1, 0.6])),
         seed=draw(st.integers(0, 2**31)),
     )  # fmt: skip
+
+
+def tensors_of(M, N, K, R, slices=None, dtype=torch.float32, adapter=torch.float32, device="cpu", bias=False):
+    """x, weight, lora_A, lora_B, bias and dy, scaled so that every product is of unit size; and the slices."""
+    slices = slices or ((0, N),)
+    rand = lambda *shape, as_: torch.randn(shape, device=device).to(as_)  # noqa: E731
+    x, dy = rand(M, K, as_=dtype), rand(M, N, as_=dtype)
+    weight = (rand(N, K, as_=torch.float32) / K**0.5).to(dtype)
+    lora_A = rand(len(slices) * R, K, as_=adapter) / K**0.5
+    lora_B = rand(sum(stop - start for start, stop in slices), R, as_=adapter) / R**0.5
+    return [x, weight, lora_A, lora_B, rand(N, as_=dtype) if bias else None], dy, slices
+
+
+def run(steps, inputs, dy, slices, seed=None, scaling=1.5, dropout=0.0, needed=(True, False, True, True, False)):
+    """Everything that a training step computes: y, s and the gradients that are needed."""
+    x, weight, lora_A, lora_B, bias = inputs
+    y, s = forward(steps, x, weight, lora_A, lora_B, bias, seed, scaling, dropout, slices)
+    return [y, s, *backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, slices, list(needed))]
+
+
+@st.composite
+def slices_of(draw, N: int):
+    """None, for one slice that is all, or some of the parts into which cuts anywhere divide the columns."""
+    parts = list(itertools.pairwise(sorted(draw(st.sets(st.integers(0, N), min_size=2, max_size=5)))))
+    return draw(st.none() | st.lists(st.sampled_from(parts), min_size=1, unique=True).map(sorted).map(tuple))
 
 
 def assert_equals_reference(case: Case) -> None:

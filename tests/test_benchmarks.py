@@ -86,6 +86,13 @@ def test_the_static_benchmark_counts_what_every_way_moves():
     assert [row["kernel"] for row in kernels] == ["down", "gemm", "sweep", "gemm", "outer"]
 
 
+def test_the_static_benchmark_shows_where_a_4_bit_weight_is_dequantised():
+    few, many = bench_static.roofline_nf4("o", 16), bench_static.roofline_nf4("o", bench_static.M)
+    assert 0.25 < few["4-bit bytes / 16-bit"] < 0.5 < 1 < many["4-bit bytes / 16-bit"]
+    kernels = [row["kernel"] for row in bench_static.machine_code_nf4(80, "o")]
+    assert kernels == ["expand", "gemm_nf4", "expand", "gemm_nf4 of dX"] * 2 + ["expand", "dequantize", "gemm"] * 2
+
+
 PARITY = """
 <testsuites><testsuite>
   <testcase classname="tests.test_minilora_layers" name="test_linear_computes_as_loralib_does" time="1" />

@@ -1,17 +1,14 @@
 """The Triton kernels without a GPU: right by the interpreter under guard, sound by their machine code, lean by their bytes."""
 
-import importlib.util
-import itertools
 import linecache
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import rms_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, make_case
-from without_gpu import DRAM_RATE, SHARED_LIMIT, MemoryFault, compiling, counting, interpreting
+from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, make_case, run, slices_of, tensors_of
+from without_gpu import DRAM_RATE, SHARED_LIMIT, MemoryFault, compiling, counting, interpreting, planted
 
 from minilora.kernels import lora_linear_torch, lora_linear_triton, tiles
 from minilora.kernels.dropout import draw_seed
@@ -29,13 +26,6 @@ QKV = ((0, 3072), (3072, 6144), (6144, 9216))
 
 
 # ── right ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@st.composite
-def slices_of(draw, N: int):
-    """None, for one slice that is all, or some of the parts into which cuts anywhere divide the columns."""
-    parts = list(itertools.pairwise(sorted(draw(st.sets(st.integers(0, N), min_size=2, max_size=5)))))
-    return draw(st.none() | st.lists(st.sampled_from(parts), min_size=1, unique=True).map(sorted).map(tuple))
 
 
 @st.composite
@@ -103,24 +93,6 @@ def test_no_rows_at_all_give_empty_results_and_zero_gradients():
     assert not dA.any()
     assert not dB.any()
     assert {launch.kernel for launch in launches} <= {"outer_kernel"}
-
-
-def tensors_of(M, N, K, R, slices=None, dtype=torch.float32, adapter=torch.float32, device="cpu", bias=False):
-    """x, weight, lora_A, lora_B, bias and dy, scaled so that every product is of unit size; and the slices."""
-    slices = slices or ((0, N),)
-    rand = lambda *shape, as_: torch.randn(shape, device=device).to(as_)  # noqa: E731
-    x, dy = rand(M, K, as_=dtype), rand(M, N, as_=dtype)
-    weight = (rand(N, K, as_=torch.float32) / K**0.5).to(dtype)
-    lora_A = rand(len(slices) * R, K, as_=adapter) / K**0.5
-    lora_B = rand(sum(stop - start for start, stop in slices), R, as_=adapter) / R**0.5
-    return [x, weight, lora_A, lora_B, rand(N, as_=dtype) if bias else None], dy, slices
-
-
-def run(steps, inputs, dy, slices, seed=None, scaling=1.5, dropout=0.0, needed=(True, False, True, True, False)):
-    """Everything that a training step computes: y, s and the gradients that are needed."""
-    x, weight, lora_A, lora_B, bias = inputs
-    y, s = forward(steps, x, weight, lora_A, lora_B, bias, seed, scaling, dropout, slices)
-    return [y, s, *backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, slices, list(needed))]
 
 
 def test_a_run_repeats_bit_for_bit():
@@ -202,12 +174,12 @@ MUTANTS = {  # what stands in the source, what a fault puts there, how many time
     "down forgets the mask": ("p = tl.where(keep_tile(tl.load(SEED), rm, n, threshold, BM, BN), p, 0.0)", "pass", 1),
     "outer forgets the mask": ("p = tl.where(keep_tile(tl.load(SEED), rm, first, threshold, BM, BN), p, 0.0)", "pass", 1),
     "gemm forgets the mask": ("acc = tl.where(keep_tile(tl.load(SEED), rm, first_n, threshold, BM, BN), acc, 0.0)", "pass", 1),
-    "the mask moves with the tile": ("keep_tile(tl.load(SEED), rm, first_n", "keep_tile(tl.load(SEED), rm - first_m, first_n", 1),
+    "the mask moves with the tile": ("keep_tile(tl.load(SEED), rm, first_n", "keep_tile(tl.load(SEED), rm % BM, first_n", 1),
     "down and sweep forget f": ("(acc * factor)", "acc", 2),
-    "gemm takes a wrong stride of x": ("X + m64[:, None] * stride_xm", "X + m64[:, None] * K", 1),
+    "gemm takes a wrong stride of x": ("X + m64[:, None] * stride_xm", "X + m64[:, None] * K", 2),
     "gemm takes a wrong stride of W": ("w_at += tl.cast(stride_wk, tl.int64) * BK", "w_at += BK", 1),
     "gemm forgets the bias": ("acc += tl.load(BIAS + n64)[None, :].to(tl.float32)", "pass", 1),
-    "gemm forgets the rest of K": ("for k in range(0, K, BK):", "for k in range(0, K // BK * BK, BK):", 1),
+    "gemm forgets the rest of K": ("for k in range(0, K, BK):", "for k in range(0, K // BK * BK, BK):", 2),
     "gemm writes past the last column": ("(rm[:, None] < M) & (rn[None, :] < N))", "(rm[:, None] < M) & (rn[None, :] <= N))", 1),
     "gemm leaves out the last row": ("(rm[:, None] < M) & (rn[None, :] < N))", "(rm[:, None] < M - 1) & (rn[None, :] < N))", 1),
     "the update leaks past its slice": ("(rn >= START) & (rn < STOP)", "(rn >= START - 1) & (rn < STOP)", 1),
@@ -220,18 +192,6 @@ MUTANTS = {  # what stands in the source, what a fault puts there, how many time
     "rows are counted in 32 bits": ("rm.to(tl.int64)", "rm", 4),
     "partial sums are not added": ("partial.sum(dim=0)", "partial[0]", 1),
 }
-
-
-def mutant_of(module, name, tmp_path):
-    old, new, count = MUTANTS[name]
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == count, "the source has changed: plant this fault anew"
-    path = tmp_path / f"mutant_{list(MUTANTS).index(name)}.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    return mutant
 
 
 def faults_of(steps) -> list[str]:
@@ -260,11 +220,11 @@ def test_the_kernels_themselves_pass_where_mutants_must_not():
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name != "rows are counted in 32 bits"])
 def test_a_planted_fault_is_found(name, tmp_path):
     linecache.checkcache()
-    assert faults_of(mutant_of(lora_linear_triton, name, tmp_path))
+    assert faults_of(planted(lora_linear_triton, *MUTANTS[name], tmp_path))
 
 
 def test_counting_rows_in_32_bits_is_found(tmp_path, monkeypatch):
-    mutant = mutant_of(lora_linear_triton, "rows are counted in 32 bits", tmp_path)
+    mutant = planted(lora_linear_triton, *MUTANTS["rows are counted in 32 bits"], tmp_path)
     monkeypatch.setitem(globals(), "lora_linear_triton", mutant)
     with pytest.raises((MemoryFault, AssertionError)):
         test_offsets_reach_past_2_to_the_31_elements()

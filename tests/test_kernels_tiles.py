@@ -38,3 +38,10 @@ def test_a_sum_is_cut_only_where_processors_idle_and_never_into_crumbs(programs,
     if shares > 1:
         assert shares * programs <= tiles.PROGRAMS
         assert length // shares >= least
+
+
+@given(itemsizes, sizes, sizes)
+def test_a_4_bit_weight_is_dequantised_inside_only_by_one_row_of_tiles_of_whole_blocks(itemsize, M, K):
+    tile = tiles.for_gemm_nf4(itemsize, M)
+    assert 64 % tile.BK == 64 % tile.BN == 0
+    assert not tiles.dequantise_inside(M, K) or (tile.BM >= M and K % 64 == 0)

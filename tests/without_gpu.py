@@ -7,6 +7,7 @@ Both take the library's own host functions (on CPU tensors; on meta tensors), so
 Tied to the pinned Triton: it reaches into the interpreter, some of whose faults it mends.
 """
 
+import importlib.util
 import math
 import re
 import subprocess
@@ -237,6 +238,18 @@ def interpreting(arch: int = 90) -> Iterator[list[Launch]]:
         yield launches
 
 
+def planted(module, old: str, new: str, count: int, folder: Path):
+    """A copy of a module with a fault planted in its source: new, where old stands count times."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == count, "the source has changed: plant this fault anew"
+    path = folder / f"{Path(module.__file__).stem}_with_a_fault.py"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
 # ── compile ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -382,10 +395,16 @@ class Traffic(TorchDispatchMode):
         """Counts a Triton launch: the products of its equation, without what tiles pad."""
         tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
         self.partial += sum(_own_bytes(t) for t in tensors.values() if t.ndim == 3 and len(t) > 1)
+        self._add(kernel.fn.__name__, tensors.values(), self._products(tensors, arguments))
+
+    @staticmethod
+    def _products(tensors: dict, arguments: dict) -> int:
+        if "SLICES" not in arguments:
+            return 0
         wide = tensors["X"] if "X" in tensors else tensors["P"]
         update = len(wide) * arguments["R"] * sum(stop - start for start, stop, _ in arguments["SLICES"])
-        frozen = len(wide) * tensors["W"].numel() if "W" in tensors else 0
-        self._add(kernel.fn.__name__, tensors.values(), 2 * (frozen + update * (2 if "T" in tensors else 1)))
+        frozen = wide.numel() * arguments["N"] if "X" in tensors else 0
+        return 2 * (frozen + update * (2 if "T" in tensors else 1))
 
     def _add(self, name: str, tensors, flops: int) -> None:
         moved = sum(map(_own_bytes, tensors))
