@@ -18,6 +18,7 @@ _ROOMS = {
     "batching": ["mixed_batch"],
     "merging": ["merge", "unmerge"],
     "data": ["read_conversations", "encode_conversations"],
+    "packing": ["pack"],
     "training": ["train"],
     "evaluation": ["evaluate"],
 }

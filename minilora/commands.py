@@ -45,8 +45,8 @@ def train(args: Namespace) -> None:
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
-    dataset = _examples(args.data, tokenizer, run.max_seq_length, args.drop_long)
-    eval_dataset = args.eval_data and _examples(args.eval_data, tokenizer, run.max_seq_length, args.drop_long)
+    dataset = _examples(args.data, tokenizer, run.training.max_seq_length, args.drop_long)
+    eval_dataset = args.eval_data and _examples(args.eval_data, tokenizer, run.training.max_seq_length, args.drop_long)
     model = _load(args, bf16=run.bf16)
     torch.manual_seed(run.training.seed)  # lora_A starts at random
     lora.inject(model, run.peft, None if args.adapter_dtype == "model" else torch.float32)

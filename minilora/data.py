@@ -35,10 +35,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as token ids, and which of them are the assistant's."""
+    """A conversation as token ids, and which of them are to be learnt; or a row of several, made by minilora.packing."""
 
     ids: list[int]
     mask: list[bool]
+    documents: list[int] | None = None  # of a packed row: for each token the number of its conversation, 1, 2, 3, …
 
 
 def read_conversations(path: Path | str) -> list[Conversation]:
@@ -158,20 +159,24 @@ def encode_conversations(
     return examples
 
 
-def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """A batch, padded on the right: input_ids and labels, (B, T) int64.
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch, padded on the right: input_ids and labels, and the attention_mask of packed rows, each (B, T) int64.
 
-    Padding needs no mask: under causal attention no token sees what follows it, and its labels ask for no loss. Labels are set
-    from the examples' masks and never from ids, since a pad id may be a stop id that has to be learnt.
+    Padding needs no mask: under causal attention no token sees what follows it, and its labels ask for no loss. Packed rows do,
+    to keep their documents apart. Labels are set from the examples' masks and never from ids, since a pad id may be a stop id
+    that has to be learnt.
     """
-    T = max(len(example.ids) for example in examples)
-    input_ids = torch.zeros(len(examples), T, dtype=torch.long)
-    labels = torch.full((len(examples), T), IGNORE)
+    shape = len(examples), max(len(example.ids) for example in examples)
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.long), "labels": torch.full(shape, IGNORE)}
+    if any(example.documents for example in examples):
+        batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)
     for row, example in enumerate(examples):
-        ids, mask = torch.tensor(example.ids), torch.tensor(example.mask)
-        input_ids[row, : len(ids)] = ids
-        labels[row, : len(ids)] = ids.where(mask, IGNORE)
-    return input_ids, labels
+        T, ids = len(example.ids), torch.tensor(example.ids)
+        batch["input_ids"][row, :T] = ids
+        batch["labels"][row, :T] = ids.where(torch.tensor(example.mask), IGNORE)
+        if "attention_mask" in batch:
+            batch["attention_mask"][row, :T] = torch.tensor(example.documents or 1)
+    return batch
 
 
 def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:

@@ -231,7 +231,9 @@ batches = st.lists(tokens.map(lambda pairs: Example(*map(list, zip(*pairs, stric
 
 @given(examples=batches)
 def test_a_batch_holds_every_example_and_learns_by_the_masks_alone(examples):
-    input_ids, labels = collate(examples)
+    batch = collate(examples)
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    assert list(batch) == ["input_ids", "labels"]  # padding needs no mask
     assert input_ids.shape == labels.shape == (len(examples), max(len(example.ids) for example in examples))
     assert input_ids.dtype == labels.dtype == torch.int64
     for row, example in enumerate(examples):
@@ -241,6 +243,13 @@ def test_a_batch_holds_every_example_and_learns_by_the_masks_alone(examples):
         assert labels[row, :n].tolist() == [id_ if on else IGNORE for id_, on in zip(example.ids, example.mask, strict=True)]
         assert (labels[row, n:] == IGNORE).all()
         assert ((input_ids[row, n:] >= 0) & (input_ids[row, n:] < 1)).all()  # an id that any vocabulary has
+
+
+def test_a_batch_of_packed_rows_numbers_their_documents_and_its_padding_0():
+    rows = [Example([5, 6, 7], [False, True, False], [1, 1, 2]), Example([8, 9], [False, True])]
+    batch = collate(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 2], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, IGNORE], [IGNORE, 9, IGNORE]]
 
 
 def examples_of(count):
