@@ -111,7 +111,7 @@ def test_an_adapter_given_as_a_model_is_told_so(adapter, fails):
 
 
 def test_data_that_is_no_file_is_told(tiny_checkpoint, tmp_path, fails):
-    assert "must be a JSON Lines file" in fails(*train(tiny_checkpoint, tmp_path, tmp_path / "out"))
+    assert "must be a JSON Lines or Parquet file" in fails(*train(tiny_checkpoint, tmp_path, tmp_path / "out"))
 
 
 LITTLE_MEMORY = """
@@ -119,7 +119,7 @@ import resource, sys, torch
 from minilora.cli import main
 import minilora.commands
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, used + 200_000_000))
+resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, used + 600_000_000))
 sys.exit(main(sys.argv[1:]))
 """
 
