@@ -226,6 +226,7 @@ class RunConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
     peft: LoraConfig = field(default_factory=LoraConfig)
     bf16: bool | None = None  # weights in bfloat16; None: on CUDA yes, elsewhere no
+    assistant_only_loss: bool = True  # the loss is on the assistant's turns; otherwise on every token
     output_dir: str | None = None
     overwrite_output_dir: bool = False
     without_effect: list[str] = field(default_factory=list)  # keys that were given, and decide nothing here
@@ -234,7 +235,7 @@ class RunConfig:
         _check(self)
 
 
-RUN_KEYS = ("bf16", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]
+RUN_KEYS = ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]
 # Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.
 DECIDED = {
     "training": {

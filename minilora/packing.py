@@ -12,10 +12,9 @@ from minilora.data import Example
 
 
 def pack(examples: Sequence[Example], max_seq_length: int) -> list[Example]:
-    """Packs whole conversations into rows of at most max_seq_length tokens by best fit, the longest first.
+    """Packs whole conversations into rows of at most max_seq_length tokens, as few as best fit finds.
 
-    A conversation joins the row that it leaves the least room in, or opens one. Source: Johnson 1974, "Fast Algorithms for Bin
-    Packing" (best fit decreasing); Ding et al. 2024, "Fewer Truncations Improve Language Modeling", for training.
+    Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
 
     Raises:
         ValueError: conversations are longer than a row.
@@ -26,23 +25,29 @@ def pack(examples: Sequence[Example], max_seq_length: int) -> list[Example]:
             f"{too_long} of {len(examples)} conversations are longer than a packed row of {max_seq_length} tokens: raise "
             "max_seq_length, or leave them out"
         )
+    return [_joined([examples[i] for i in row]) for row in best_fit([len(example.ids) for example in examples], max_seq_length)]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices whose lengths add up to no more than the capacity; the longest comes first, and each joins the row that
+    it leaves the least room in, or opens one. Source: Johnson et al. 1974 (best fit decreasing)."""
     rows, open_rows, rooms = [], defaultdict(list), []  # all; by the room left; the sizes of room that there are, rising
-    for example in sorted(examples, key=lambda example: len(example.ids), reverse=True):
-        best = bisect_left(rooms, len(example.ids))
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        best = bisect_left(rooms, lengths[i])
         if best == len(rooms):
-            room, row = max_seq_length, []
+            room, row = capacity, []
             rows.append(row)
         else:
             room = rooms[best]
             row = open_rows[room].pop()
             if not open_rows[room]:
                 del rooms[best]
-        row.append(example)
-        left = room - len(example.ids)
+        row.append(i)
+        left = room - lengths[i]
         if not open_rows[left]:
             insort(rooms, left)
         open_rows[left].append(row)
-    return [_joined(row) for row in rows]
+    return rows
 
 
 def _joined(row: list[Example]) -> Example:

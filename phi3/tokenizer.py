@@ -44,9 +44,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.file.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return self.file.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids, by default without special tokens."""
+        return self.file.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @cached_property
     def special_texts(self) -> frozenset[str]:

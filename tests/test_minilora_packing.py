@@ -59,7 +59,7 @@ def test_every_conversation_lies_whole_in_just_one_row(lengths, max_seq_length):
 
 @given(lengths, st.integers(30, 64))
 def test_rows_are_as_few_as_best_fit_promises(lengths, max_seq_length):
-    """Best fit decreasing takes at most 11/9 of the fewest rows and 4 more (Johnson 1974)."""
+    """Best fit decreasing takes at most 11/9 of the fewest rows and 4 more (Johnson et al. 1974)."""
     rows, least = pack(examples_of(lengths), max_seq_length), -(-sum(lengths) // max_seq_length)
     assert len(rows) <= 11 / 9 * max(least, sum(2 * length > max_seq_length for length in lengths)) + 4
     two = sorted(len(row.ids) for row in rows)[:2]
