@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curve
+PARQUET = ["pyarrow"]  # reads data sets
 
 setup(
     name="minilora",
@@ -21,7 +22,19 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "safetensors>=0.5", "tokenizers>=0.21", "numpy"],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "hypothesis", "ruff", "transformers", "peft", "loralib", "bitsandbytes", "glassllm"],
+        "parquet": PARQUET,
+        "test": [
+            *DEMO,
+            *PARQUET,
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "transformers",
+            "peft",
+            "loralib",
+            "bitsandbytes",
+            "glassllm",
+        ],
     },
     entry_points={"console_scripts": ["minilora = minilora.cli:main"]},
 )

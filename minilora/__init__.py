@@ -17,7 +17,9 @@ _ROOMS = {
     "combination": ["add_weighted_adapter"],
     "batching": ["mixed_batch"],
     "merging": ["merge", "unmerge"],
-    "data": ["read_conversations", "encode_conversations"],
+    "conversations": ["read_conversations"],
+    "data": ["encode_conversations"],
+    "packing": ["pack"],
     "training": ["train"],
     "evaluation": ["evaluate"],
 }

@@ -10,6 +10,7 @@ from minilora.config import RUN_KEYS, LoraConfig, RunConfig, TrainConfig
 DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
 
   minilora demo                          see it work on real weights, in minutes, on any machine
+  minilora data stats chat.jsonl --model MODEL
   minilora train --model MODEL --data chat.jsonl --output out
   minilora generate --model MODEL --adapter out/adapter --prompt "Hello"
   minilora chat --model MODEL --adapter out/adapter
@@ -18,11 +19,14 @@ MODEL is a folder with a checkpoint, or the id of one on the Hugging Face hub: m
 """
 
 DATA_HELP = """\
-DATA is JSON Lines, one conversation a line, in any of these shapes:
+DATA is JSON Lines or Parquet (.parquet), one conversation a line, in any of these shapes:
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
   {"instruction": "...", "input": "...", "output": "..."}
   {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
-The loss is on the assistant's turns only, their end tokens included.
+A line may have "tools" too, and turns of the role tool, for a model whose template writes them (Phi-4-mini's).
+It is a file here, or files on the hub: hf://datasets/OWNER/NAME/PATH, where PATH may hold *. One or several are named, each as
+NAME or NAME=WEIGHT: at weight 1 each of its conversations comes once an epoch, at 2 twice, at 0.3 three tenths of them, drawn
+by training.seed. The loss is on the assistant's turns only, their end tokens included (training.assistant_only_loss).
 """
 
 TRAIN_HELP = """Fine-tunes a LoRA adapter on conversations.
@@ -92,8 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = command("train", "fine-tune an adapter on conversations", TRAIN_HELP, TRAIN_EPILOG + _defaults())
     _model(train)
-    train.add_argument("--data", type=Path, required=True, metavar="FILE", help="conversations to train on")
-    train.add_argument("--eval-data", type=Path, metavar="FILE", help="conversations to evaluate on")
+    train.add_argument("--data", nargs="+", required=True, metavar="DATA", help="conversations to train on")
+    held_out = train.add_mutually_exclusive_group()
+    held_out.add_argument("--eval-data", nargs="+", default=[], metavar="DATA", help="conversations to evaluate on")
+    shared = "hold out about this share of the data to evaluate on, chosen by seed; conversations alike stay on one side"
+    held_out.add_argument("--eval-share", type=float, default=0.0, metavar="SHARE", help=shared)
     train.add_argument("--output", type=Path, metavar="DIR", help="where adapter and log go (training.output_dir)")
     train.add_argument(
         "--adapter-dtype", choices=["float32", "model"], default="float32", help="dtype of the adapter (%(default)s)"
@@ -105,12 +112,17 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", "loss and perplexity on conversations", "Evaluates a model, or a model with its adapter.", DATA_HELP
     )
     _model(evaluate, adapter=True)
-    evaluate.add_argument("--data", type=Path, required=True, metavar="FILE", help="conversations to evaluate on")
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="DATA", help="conversations to evaluate on")
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="conversations at once (%(default)s)")
     evaluate.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="tokens a conversation may have (%(default)s)"
     )
     evaluate.add_argument("--drop-long", action="store_true", help="leave out longer conversations instead of stopping")
+
+    data = command("data", "look at conversations as training reads them").add_subparsers(required=True, metavar="WHAT")
+    _data(data, "stats", "how long they are, what is too long, and how much of a batch is padding")
+    show = _data(data, "show", "the first batches as text: what is learnt in colour, and the documents of packed rows")
+    show.add_argument("-n", dest="batches", type=int, default=1, metavar="N", help="batches to show (%(default)s)")
 
     generate = command("generate", "answer one prompt")
     _model(generate, adapter=True)
@@ -141,6 +153,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _revision(info)
     _settings(info)
+    return parser
+
+
+def _data(commands, name: str, summary: str) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=DATA_HELP, formatter_class=formatter)
+    parser.set_defaults(command=f"data {name}")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="conversations")
+    _checkpoint(parser)
+    parser.add_argument("--packing", action="store_true", help="as --set training.packing=true")
+    _settings(parser)
     return parser
 
 
@@ -190,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     from minilora import commands
 
     try:
-        getattr(commands, args.command)(args)
+        getattr(commands, args.command.replace(" ", "_"))(args)  # "data show"
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"minilora {args.command}: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,14 +14,17 @@ from torch import Tensor, nn
 import minilora as lora
 from minilora import phi3
 from minilora.adapter import read_adapter_config
-from minilora.config import LoraConfig, read_run_config
-from minilora.data import Example
+from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config
+from minilora.data import shuffled_batches
 from minilora.export import export_adapter
 from minilora.injection import find_targets
 from minilora.inspection import Inspection, inspect_adapter, misfits
 from minilora.kernels import backend
 from minilora.layers import adapted_layers
+from minilora.lengths import describe_padding
 from minilora.peft_config import read_peft_config
+from minilora.preparation import count_shared, gather, prepare
+from minilora.showing import show_batch
 from minilora.trainable import count_parameters
 from minilora.tying import TiedLinear
 
@@ -47,8 +52,15 @@ def train(args: Namespace) -> None:
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
-    dataset = _examples(args.data, tokenizer, run.max_seq_length, args.drop_long)
-    eval_dataset = args.eval_data and _examples(args.eval_data, tokenizer, run.max_seq_length, args.drop_long)
+    conversations, held_out = gather(args.data, run.training.seed, args.eval_share)
+    dataset = prepare(conversations, tokenizer, run, args.drop_long)
+    print(describe_padding(dataset, run.training))
+    eval_dataset = None
+    if args.eval_data or args.eval_share:
+        print("to evaluate on:")
+        held_out += gather(args.eval_data, run.training.seed)[0]
+        eval_dataset = prepare(held_out, tokenizer, run, args.drop_long)
+        print(f"{count_shared(held_out, conversations)} of them are trained on too")
     model = _load(args, bf16=run.bf16)
     torch.manual_seed(run.training.seed)  # lora_A starts at random
     lora.inject(model, run.peft, None if args.adapter_dtype == "model" else torch.float32)
@@ -68,9 +80,33 @@ def eval(args: Namespace) -> None:
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
-    examples = _examples(args.data, tokenizer, args.max_length, args.drop_long)
+    run = RunConfig(TrainConfig(max_seq_length=args.max_length))
+    examples = prepare(gather(args.data, run.training.seed)[0], tokenizer, run, args.drop_long)
     found = lora.evaluate(_load(args), examples, args.batch_size)
     print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over {found.tokens} target tokens; nothing was written")
+
+
+def data_stats(args: Namespace) -> None:
+    run, tokenizer = _data_settings(args)
+    examples = prepare(gather(args.data, run.training.seed)[0], tokenizer, run, drop_long=True)
+    print(describe_padding(examples, run.training))
+
+
+def data_show(args: Namespace) -> None:
+    if args.batches < 1:
+        raise ValueError(f"-n must be at least 1, not {args.batches}")
+    run, tokenizer = _data_settings(args)
+    training, decode = run.training, partial(tokenizer.decode, skip_special_tokens=False)
+    examples = prepare(gather(args.data, training.seed)[0], tokenizer, run, drop_long=True)
+    rows = lora.pack(examples, training.max_seq_length) if training.packing else examples
+    batches = shuffled_batches(rows, training.per_device_train_batch_size, training.seed)
+    for number, batch in enumerate(islice(batches, args.batches), start=1):
+        print(f"\nbatch {number}\n{show_batch(batch, decode, colour=sys.stdout.isatty())}")
+
+
+def _data_settings(args: Namespace) -> tuple[RunConfig, phi3.Tokenizer]:
+    packing = ["training.packing = true"] if args.packing else []
+    return read_run_config(args.config, [*args.set, *packing]), phi3.load_tokenizer(_checkpoint(args))
 
 
 def generate(args: Namespace) -> None:
@@ -307,18 +343,3 @@ def _settings(config: LoraConfig) -> str:
 
 def _dtype_of(model: phi3.Phi3ForCausalLM) -> str:
     return str(model.lm_head.weight.dtype).removeprefix("torch.")
-
-
-def _examples(path: Path, tokenizer: phi3.Tokenizer, max_length: int, drop_long: bool) -> list[Example]:
-    conversations = lora.read_conversations(path)
-    examples = lora.encode_conversations(conversations, tokenizer, max_length, drop_long)
-    left_out = len(conversations) - len(examples)
-    if not examples:
-        raise ValueError(f"{path}: all {len(conversations)} conversations are longer than {max_length} tokens")
-    lengths = [len(example.ids) for example in examples]
-    targets = sum(sum(example.mask) for example in examples)
-    print(
-        f"{path}: {len(examples)} conversations of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all, "
-        f"{targets:,} of them the assistant's" + (f"; {left_out} longer than {max_length} left out" if left_out else "")
-    )
-    return examples

@@ -205,6 +205,8 @@ class TrainConfig:
     per_device_train_batch_size: int = 8  # conversations
     per_device_eval_batch_size: int = 8  # conversations
     gradient_accumulation_steps: int = 1  # batches a step
+    max_seq_length: int = 2048  # tokens that a conversation may have, and that a packed row has at most
+    packing: bool = False  # conversations share rows of max_seq_length tokens, apart from one another; a batch counts rows
     gradient_checkpointing: bool = False  # keep each layer's input only and compute the rest again: less memory, ~4/3 of the time
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # longer gradients are cut to this norm
@@ -225,7 +227,7 @@ class RunConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
     peft: LoraConfig = field(default_factory=LoraConfig)
     bf16: bool | None = None  # weights in bfloat16; None: on CUDA yes, elsewhere no
-    max_seq_length: int = 2048  # tokens that a conversation may have
+    assistant_only_loss: bool = True  # the loss is on the assistant's turns; otherwise on every token
     output_dir: str | None = None
     overwrite_output_dir: bool = False
     without_effect: list[str] = field(default_factory=list)  # keys that were given, and decide nothing here
@@ -234,7 +236,7 @@ class RunConfig:
         _check(self)
 
 
-RUN_KEYS = ("bf16", "max_seq_length", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]
+RUN_KEYS = ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]
 # Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.
 DECIDED = {
     "training": {

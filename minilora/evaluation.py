@@ -40,9 +40,9 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 8,
     model.eval()
     try:
         for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=not progress):
-            input_ids, labels = collate(batch)
-            count = int((labels[:, 1:] != IGNORE).sum())
-            total += model(input_ids.to(device), labels=labels.to(device)).item() * count
+            tensors = collate(batch)
+            count = int((tensors["labels"][:, 1:] != IGNORE).sum())
+            total += model(**{name: tensor.to(device) for name, tensor in tensors.items()}).item() * count
             tokens += count
     finally:
         model.train(was_training)

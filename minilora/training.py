@@ -19,6 +19,7 @@ from minilora.data import Example, collate, shuffled_batches
 from minilora.evaluation import evaluate
 from minilora.kernels.cross_entropy import IGNORE
 from minilora.loraplus import parameter_groups
+from minilora.packing import pack
 from minilora.trainable import lora_state_dict
 
 
@@ -46,25 +47,27 @@ def train(
     A step's gradient is that of the mean loss over all target tokens of its batches, however they are split.
 
     Args:
-        model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does.
+        model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does; with config.packing also given an
+            attention_mask (B, T), which numbers the documents of each row.
         eval_dataset: evaluated every config.eval_steps, and at the end.
         output_dir: takes log.jsonl, checkpoint-STEP/ every config.save_steps, and adapter/ at the end; None writes nothing.
         base: name of the base model, noted in the saved adapters.
 
     Raises:
-        ValueError: there is no data, nothing to train, something trained that no adapter holds, or no activation checkpointing
-            to turn on.
+        ValueError: there is no data, a conversation is too long to be packed, nothing to train, something trained that no
+            adapter holds, or no activation checkpointing to turn on.
         FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
     """
     _check(model, dataset, output_dir)
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
-    total = total_steps(len(dataset), config)
+    rows = pack(dataset, config.max_seq_length) if config.packing else dataset
+    total = total_steps(len(rows), config)
     groups = parameter_groups(model, config.learning_rate, config.loraplus_lr_ratio)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
-    batches = shuffled_batches(dataset, config.per_device_train_batch_size, config.seed)
+    batches = shuffled_batches(rows, config.per_device_train_batch_size, config.seed)
     recorder = _Recorder(model, config, eval_dataset, output_dir and Path(output_dir), base, progress)
     model.train()
     with tqdm(total=total, desc="train", unit="step", disable=not progress) as bar:
@@ -132,10 +135,10 @@ def accumulate_gradients(model: nn.Module, batches: list[list[Example]]) -> tupl
     """Adds the gradient of the mean loss over all target tokens of all batches; returns that loss and all tokens seen."""
     device = next(model.parameters()).device
     collated = [collate(batch) for batch in batches]
-    counts = [int((labels[:, 1:] != IGNORE).sum()) for _, labels in collated]
+    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in collated]
     loss = 0.0
-    for (input_ids, labels), count in zip(collated, counts, strict=True):
-        share = model(input_ids.to(device), labels=labels.to(device)) * (count / sum(counts))
+    for batch, count in zip(collated, counts, strict=True):
+        share = model(**{name: tensor.to(device) for name, tensor in batch.items()}) * (count / sum(counts))
         share.backward()
         loss += share.item()
     return loss, sum(len(example.ids) for batch in batches for example in batch)

@@ -44,9 +44,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.file.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return self.file.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids, by default without special tokens."""
+        return self.file.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @cached_property
     def special_texts(self) -> frozenset[str]:
@@ -88,27 +88,47 @@ class Tokenizer:
             ids and mask, of one length.
 
         Raises:
-            ValueError: a text spells a special token, a turn has no end, or the template writes a turn otherwise once it is past.
+            ValueError: a text spells a special token, a turn has no end, or the template writes a turn otherwise once it is past,
+                or writes nothing of tools or of what they answered.
         """
         for message in messages:
             spelled = sorted(text for text in self.special_texts if any(text in str(value) for value in message.values()))
             if spelled:
                 raise ValueError(f"the {message['role']} text spells the special token {spelled[0]}: remove it from the text")
-        ids = self.encode(self.render(messages))
-        mask = [False] * len(ids)
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.encode_prompt(messages[:turn])
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self.render(messages)
+        self._check_tools_are_written(messages, whole)
+        prompts = [self.render(messages[:turn], add_generation_prompt=True) for turn in turns]
+        ends = [self.render(messages[: turn + 1]) for turn in turns]
+        ids_of = self._encode_all([whole, *prompts, *ends])
+        ids, mask = ids_of[whole], [False] * len(ids_of[whole])
+        for turn, prompt, turn_and_before in zip(turns, map(ids_of.get, prompts), map(ids_of.get, ends), strict=True):
             if ids[: len(prompt)] != prompt:
                 raise ValueError(f"the chat template writes what precedes turn {turn + 1} otherwise once the turn is there")
-            turn_and_before = self.encode(self.render(messages[: turn + 1]))
             same = next((i for i, (a, b) in enumerate(zip(ids, turn_and_before, strict=False)) if a != b), len(turn_and_before))
             end = next((i for i in range(len(prompt), same) if ids[i] in self.stop_ids), None)
             if end is None:
                 raise ValueError(f"the chat template ends turn {turn + 1} with none of the stop tokens {sorted(self.stop_ids)}")
             mask[len(prompt) : end + 1] = [True] * (end + 1 - len(prompt))
         return ids, mask
+
+    def _check_tools_are_written(self, messages: list[Message], whole: str) -> None:
+        """Refuses tools and their answers that a template drops in silence: a change of their text changes nothing."""
+        dropped = []
+        for turn, message in enumerate(messages):
+            for key in ("tools", "content") if message["role"] == "tool" else ("tools",):
+                if key in message:
+                    changed = [*messages[:turn], message | {key: f"{message[key]}?"}, *messages[turn + 1 :]]
+                    if self.render(changed) == whole:
+                        dropped.append(f"the {key} of turn {turn + 1} ({message['role']})")
+        if dropped:
+            raise ValueError(f"the chat template writes nothing of {', '.join(dropped)}: leave it out, or take another model")
+
+    def _encode_all(self, texts: list[str]) -> dict[str, list[int]]:
+        """Each text's token ids, found on all cores at once."""
+        distinct = list(dict.fromkeys(texts))
+        found = self.file.encode_batch_fast(distinct, add_special_tokens=False)
+        return {text: encoding.ids for text, encoding in zip(distinct, found, strict=True)}
 
 
 def _raise_template_error(message: str):

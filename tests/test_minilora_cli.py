@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.cli import build_parser, main
 
-COMMANDS = ("demo", "train", "eval", "generate", "chat", "merge", "export", "info")
+COMMANDS = ("demo", "train", "eval", "data", "generate", "chat", "merge", "export", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
@@ -93,6 +93,27 @@ def test_an_interrupted_command_exits_with_130(monkeypatch, tiny_checkpoint, cap
     assert "stopped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["stats", "show"])
+def test_the_commands_on_data_explain_themselves_and_their_faults(what, capsys, tmp_path, tiny_checkpoint):
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", what, "--help"])
+    assert stopped.value.code == 0
+    assert "hf://datasets/OWNER/NAME/PATH" in capsys.readouterr().out
+    assert main(["data", what, str(tmp_path / "absent.jsonl"), "--model", str(tiny_checkpoint)]) == 2
+    assert f"minilora data {what}: {tmp_path / 'absent.jsonl'} must be" in capsys.readouterr().err
+
+
+def test_no_batch_to_show_is_refused(tiny_checkpoint, chat, capsys):
+    assert main(["data", "show", str(chat), "--model", str(tiny_checkpoint), "-n", "0"]) == 2
+    assert "minilora data show: -n must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_data_are_evaluated_on_from_files_or_from_a_share_and_not_from_both(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "m", "--data", "a", "--eval-data", "b", "--eval-share", "0.1"])
+    assert "--eval-share: not allowed with argument --eval-data" in capsys.readouterr().err
+
+
 def test_defaults_of_every_command_are_set():
     args = build_parser().parse_args(["demo"])
     assert str(args.output) == "runs/demo"
@@ -111,7 +132,7 @@ def test_an_adapter_given_as_a_model_is_told_so(adapter, fails):
 
 
 def test_data_that_is_no_file_is_told(tiny_checkpoint, tmp_path, fails):
-    assert "must be a JSON Lines file" in fails(*train(tiny_checkpoint, tmp_path, tmp_path / "out"))
+    assert "must be a JSON Lines or Parquet file" in fails(*train(tiny_checkpoint, tmp_path, tmp_path / "out"))
 
 
 LITTLE_MEMORY = """
@@ -119,7 +140,7 @@ import resource, sys, torch
 from minilora.cli import main
 import minilora.commands
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, used + 200_000_000))
+resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, used + 600_000_000))
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -13,6 +13,7 @@ import minilora as lora
 from minilora import phi3
 from minilora.cli import main
 from minilora.commands import PROBE
+from minilora.data import shuffled_batches
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,69 @@ def test_train_says_what_it_uses_and_what_it_wrote(trained, tiny_checkpoint, tmp
         assert part in said
     assert "without effect here, there is one way only: training.log_level" in said
     assert f"wrote {tmp_path / 'adapter'}" in said
+
+
+def test_train_holds_out_a_share_weighs_and_packs(trained, tiny_checkpoint, tmp_path, capsys):
+    chat = trained / "chat.jsonl"
+    run(
+        "train", "--model", tiny_checkpoint, "--data", chat, f"{chat}=0.5", "--eval-share", 0.3, "--config", trained / "run.toml",
+        "--output", tmp_path, "--set", "training.packing=true", "--set", "training.max_steps=-1",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    held_out = int(re.search(r"12 conversations, (\d+) held out\n", said)[1])
+    weighed = round(0.5 * (12 - held_out))
+    assert f"12 conversations, {held_out} held out, {weighed} an epoch by the weight 0.5" in said
+    assert "packing is on" in said
+    assert "\n0 of them are trained on too" in said
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 1]  # all fit one row
+    assert "eval_loss" in lines[1]
+
+
+def test_train_says_how_much_of_the_evaluation_is_trained_on(trained, tiny_checkpoint, tmp_path, capsys):
+    run(
+        "train", "--model", tiny_checkpoint, "--data", trained / "chat.jsonl", "--eval-data", trained / "chat.jsonl",
+        "--config", trained / "run.toml", "--output", tmp_path, "--set", "training.max_steps=1",
+    )  # fmt: skip
+    assert "\n12 of them are trained on too" in capsys.readouterr().out
+
+
+def test_loss_on_every_token_when_asked(trained, tiny_checkpoint, capsys):
+    learnt = []
+    for wanted in ("true", "false"):
+        setting = f"training.assistant_only_loss={wanted}"
+        run("data", "stats", trained / "chat.jsonl", "--model", tiny_checkpoint, "--set", setting)
+        tokens, of_them = re.search(r"([\d,]+) tokens in all, ([\d,]+) of them learnt", capsys.readouterr().out).groups()
+        learnt.append(tokens == of_them)
+    assert learnt == [False, True]
+
+
+def test_data_stats_counts_what_is_too_long_and_fails_for_none(trained, tiny_checkpoint, capsys):
+    tokenizer = phi3.load_tokenizer(tiny_checkpoint)
+    examples = lora.encode_conversations(lora.read_conversations(trained / "chat.jsonl"), tokenizer, 2048)
+    limit = max(len(example.ids) for example in examples) - 1
+    long = sum(len(example.ids) > limit for example in examples)
+    run("data", "stats", trained / "chat.jsonl", "--model", tiny_checkpoint, "--set", f"training.max_seq_length={limit}")
+    said = capsys.readouterr().out
+    assert f"\n{long} longer than max_seq_length {limit}" in said
+    assert f"{long} longer than {limit} left out, {12 - long} conversations stay" in said
+    assert "packing is off" in said
+
+
+def test_data_show_prints_the_batches_that_training_begins_with(trained, tiny_checkpoint, capsys):
+    tokenizer = phi3.load_tokenizer(tiny_checkpoint)
+    examples = lora.encode_conversations(lora.read_conversations(trained / "chat.jsonl"), tokenizer, 2048)
+    batches = shuffled_batches(examples, 5, seed=3)
+    settings = ["--set", "training.per_device_train_batch_size=5", "--set", "training.seed=3", "-n", 3]
+    run("data", "show", trained / "chat.jsonl", "--model", tiny_checkpoint, *settings)
+    said = capsys.readouterr().out.partition("\nbatch 1\n")[2]
+    expected = [example for _ in range(3) for example in next(batches)]
+    assert re.findall(r"What is \d+ and 1\?", said) == [
+        re.search(r"What is \d+ and 1\?", tokenizer.decode(example.ids))[0] for example in expected
+    ]
+    assert said.count("<|im_end|>⟧") == len(expected) == 12
+    run("data", "show", trained / "chat.jsonl", "--model", tiny_checkpoint, "--packing")
+    assert capsys.readouterr().out.count("── document ") == 12
 
 
 def test_eval_prints_what_the_library_finds(trained, tiny_checkpoint, capsys):

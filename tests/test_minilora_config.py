@@ -229,8 +229,8 @@ def test_every_field_of_both_configs_can_be_set(tmp_path):
     alpha_pattern = {o_proj = 2.5, q_proj = 2}
     """
     run = read_run_config(written(tmp_path, text))
-    assert run.training == TrainConfig(weight_decay=0.1, max_grad_norm=0.5, eval_steps=7, lr_scheduler_type="linear")
-    assert run.max_seq_length == 128
+    training = {"weight_decay": 0.1, "max_grad_norm": 0.5, "eval_steps": 7, "max_seq_length": 128}
+    assert run.training == TrainConfig(**training, lr_scheduler_type="linear")
     patterns = {"rank_pattern": {"o_proj": 4}, "alpha_pattern": {"o_proj": 2.5, "q_proj": 2}}
     assert run.peft == LoraConfig(target_modules=["q_proj", "o_proj"], use_rslora=True, **patterns)
 

@@ -1,5 +1,3 @@
-import json
-import re
 from collections import Counter
 from itertools import islice
 
@@ -9,30 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import phi3
-from minilora.data import (
-    SHOWN,
-    Conversation,
-    Example,
-    collate,
-    encode_conversations,
-    read_conversations,
-    shuffled_batches,
-)
+from minilora.conversations import SHOWN, Conversation
+from minilora.data import Example, collate, encode_conversations, shuffled_batches
 from minilora.kernels.cross_entropy import IGNORE
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
-HUMAN = {"from": "human", "value": "hi"}
-GPT = {"from": "gpt", "value": "hello"}
-GOOD = {"messages": [USER, ASSISTANT]}
-
-
-def lines(tmp_path, *records):
-    """A file with a line for each record; a text stands as it is."""
-    path = tmp_path / "chat.jsonl"
-    texts = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -42,121 +22,6 @@ def tokenizer(tiny_checkpoint):
 
 def talk(question, answer, source="chat.jsonl:1"):
     return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], source)
-
-
-# Reading
-
-
-def test_the_three_shapes_become_the_same_conversations(tmp_path):
-    system = {"role": "system", "content": "be brief"}
-    path = lines(
-        tmp_path,
-        {"messages": [system, USER, ASSISTANT, USER, ASSISTANT]},
-        {"instruction": "add", "input": "1 2", "output": "3"},
-        {"instruction": "add", "input": "", "output": "3"},
-        {"instruction": "add", "output": "3"},
-        {"conversations": [{"from": "system", "value": "be brief"}, HUMAN, GPT]},
-        {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
-    )
-    add = {"role": "user", "content": "add"}
-    three = {"role": "assistant", "content": "3"}
-    assert [conversation.messages for conversation in read_conversations(path)] == [
-        [system, USER, ASSISTANT, USER, ASSISTANT],
-        [{"role": "user", "content": "add\n\n1 2"}, three],
-        [add, three],
-        [add, three],
-        [system, USER, ASSISTANT],
-        [USER, ASSISTANT],
-    ]
-
-
-def test_empty_lines_are_skipped_and_counted(tmp_path):
-    path = lines(tmp_path, "", GOOD, "   ", "", GOOD)
-    assert [conversation.source for conversation in read_conversations(path)] == [f"{path}:2", f"{path}:5"]
-
-
-def test_texts_keep_every_character(tmp_path):
-    text = "  naïve 日本 🙂\n\ttab\u2028 line\r\n "
-    for ascii_only in (True, False):
-        path = lines(tmp_path, json.dumps({"messages": [USER, {"role": "assistant", "content": text}]}, ensure_ascii=ascii_only))
-        assert read_conversations(path)[0].messages[1]["content"] == text
-
-
-TOOL = {"role": "tool", "content": "x"}
-FAULTS = {
-    "no JSON": ("{", "Expecting property name"),
-    "no object": ([GOOD], "a line must hold a JSON object, not a list"),
-    "another shape": ({"prompt": ""}, """must have "messages", "conversations" or "instruction", and has 'prompt'"""),
-    "no key": ({}, "and has no key"),
-    "no list": ({"messages": USER}, '"messages" must be a list of objects'),
-    "no objects": ({"messages": ["hi"]}, '"messages" must be a list of objects'),
-    "no list of turns": ({"conversations": None}, '"conversations" must be a list of objects'),
-    "unknown role": ({"messages": [TOOL, ASSISTANT]}, "turn 1 has the unknown role 'tool'; known are system, user, assistant"),
-    "unknown speaker": ({"conversations": [{"from": "bard", "value": "x"}, GPT]}, "turn 1 has the unknown role 'bard'"),
-    "no role": ({"messages": [{"content": "x"}, ASSISTANT]}, '"role" must be a text, not None'),
-    "no content": ({"messages": [USER, {"role": "assistant", "content": None}]}, '"content" must be a text, not None'),
-    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT]}, '"content" must be a text'),
-    "empty text": ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "turn 2 (assistant) is empty"),
-    "no assistant": ({"messages": [USER, USER]}, "no turn is the assistant's: there is nothing to learn"),
-    "no turn": ({"messages": []}, "no turn is the assistant's"),
-    "no output": ({"instruction": "add"}, '"output" must be a text, not None'),
-    "empty output": ({"instruction": "add", "output": ""}, "turn 2 (assistant) is empty"),
-    "input no text": ({"instruction": "add", "input": [1], "output": "3"}, '"input" must be a text, not [1]'),
-    "half a surrogate pair": ({"instruction": "\ud800", "output": "x"}, "turn 1 (user)"),  # no tokenizer takes it
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("record", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_broken_line_is_refused_with_file_and_line(tmp_path, record, message):
-    path = lines(tmp_path, GOOD, record, GOOD)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}:2: ')}.*{re.escape(message)}"):
-        read_conversations(path)
-
-
-def test_all_faults_of_a_file_come_at_once(tmp_path):
-    records = [record for record, _ in FAULTS.values()][:SHOWN]
-    path = lines(tmp_path, GOOD, *records)
-    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
-        read_conversations(path)
-    found = str(refused.value).splitlines()
-    assert [fault.split(": ")[0] for fault in found] == [f"{path}:{number}" for number in range(2, 2 + len(records))]
-
-
-def test_all_faults_of_a_line_come_at_once(tmp_path):
-    path = lines(tmp_path, {"messages": [TOOL, {"role": "user", "content": ""}]})
-    with pytest.raises(ValueError, match=r"turn 1 has the unknown role .*; turn 2 \(user\) is empty; no turn is the assistant's"):
-        read_conversations(path)
-
-
-@pytest.mark.parametrize("count", [SHOWN, SHOWN + 1, SHOWN + 30])
-def test_faults_beyond_the_shown_ones_are_counted(tmp_path, count):
-    path = lines(tmp_path, *["{"] * count)
-    with pytest.raises(ValueError, match=re.escape(f"{path}:1: ")) as refused:
-        read_conversations(path)
-    found = str(refused.value).splitlines()
-    assert found[SHOWN - 1].startswith(f"{path}:{SHOWN}: ")
-    assert found[SHOWN:] == ([f"… and {count - SHOWN} more"] if count > SHOWN else [])
-
-
-@pytest.mark.parametrize("content", ["", "\n", "  \n\n"])
-def test_a_file_without_conversation_is_refused(tmp_path, content):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} holds no conversation"):
-        read_conversations(path)
-
-
-@pytest.mark.parametrize(("encoding", "more"), [("utf-16", b""), ("utf-8", b"\xe9\n")])
-def test_a_file_that_is_no_utf8_is_refused_by_name(tmp_path, encoding, more):
-    path = tmp_path / "chat.jsonl"
-    path.write_bytes((json.dumps(GOOD) + "\n").encode(encoding) + more)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} must be UTF-8 text"):
-        read_conversations(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        read_conversations(tmp_path / "absent.jsonl")
 
 
 # Encoding
@@ -174,6 +39,15 @@ def test_an_example_learns_the_answers_and_their_ends(tokenizer):
     assert learnt == tokenizer.encode("hello") + end + tokenizer.encode("bye") + end
     assert runs == 2
     assert example.ids == tokenizer.encode(tokenizer.render(conversation.messages))
+
+
+def test_without_assistant_only_loss_every_token_is_learnt(tokenizer):
+    conversation = talk("hi", "hello")
+    (answers,) = encode_conversations([conversation], tokenizer, max_length=1000)
+    (whole,) = encode_conversations([conversation], tokenizer, max_length=1000, assistant_only_loss=False)
+    assert whole.ids == answers.ids
+    assert all(whole.mask)
+    assert not all(answers.mask)
 
 
 def test_a_conversation_of_just_the_limit_is_kept_whole(tokenizer):
@@ -218,7 +92,7 @@ def test_refused_and_too_long_ones_are_told_together_and_beyond_the_shown_ones_c
     with pytest.raises(ValueError, match=r"chat\.jsonl:0: .*special token") as refused:
         encode_conversations(conversations, tokenizer, max_length=90)
     found = str(refused.value).splitlines()
-    assert "40 of 41 conversations are longer than 90 tokens" in found[1]
+    assert "40 of 40 conversations are longer than 90 tokens" in found[1]
     assert len(found) == SHOWN + 1
     assert found[-1] == f"… and {42 - SHOWN} more"
 
@@ -231,7 +105,9 @@ batches = st.lists(tokens.map(lambda pairs: Example(*map(list, zip(*pairs, stric
 
 @given(examples=batches)
 def test_a_batch_holds_every_example_and_learns_by_the_masks_alone(examples):
-    input_ids, labels = collate(examples)
+    batch = collate(examples)
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    assert list(batch) == ["input_ids", "labels"]  # padding needs no mask
     assert input_ids.shape == labels.shape == (len(examples), max(len(example.ids) for example in examples))
     assert input_ids.dtype == labels.dtype == torch.int64
     for row, example in enumerate(examples):
@@ -241,6 +117,13 @@ def test_a_batch_holds_every_example_and_learns_by_the_masks_alone(examples):
         assert labels[row, :n].tolist() == [id_ if on else IGNORE for id_, on in zip(example.ids, example.mask, strict=True)]
         assert (labels[row, n:] == IGNORE).all()
         assert ((input_ids[row, n:] >= 0) & (input_ids[row, n:] < 1)).all()  # an id that any vocabulary has
+
+
+def test_a_batch_of_packed_rows_numbers_their_documents_and_its_padding_0():
+    rows = [Example([5, 6, 7], [False, True, False], [1, 1, 2]), Example([8, 9], [False, True])]
+    batch = collate(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 2], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, IGNORE], [IGNORE, 9, IGNORE]]
 
 
 def examples_of(count):
