@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class Example:
 
     ids: list[int]
     mask: list[bool]
+    source: str = field(default="", compare=False)  # "file:line"
 
 
 def read_conversations(path: Path | str) -> list[Conversation]:
@@ -141,7 +142,7 @@ def encode_conversations(
     examples, faults, lengths = [], [], []
     for conversation in conversations:
         try:
-            example = Example(*tokenizer.encode_chat(conversation.messages))
+            example = Example(*tokenizer.encode_chat(conversation.messages), conversation.source)
         except ValueError as error:
             faults.append(f"{conversation.source}: {error}")
             continue
@@ -174,10 +175,19 @@ def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     return input_ids, labels
 
 
-def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end: every example once an epoch, shuffled by seed and epoch; an epoch's last batch may be smaller."""
+def shuffled_batches(
+    examples: Sequence[Example], batch_size: int, seed: int, epoch: int = 0, batch: int = 0
+) -> Iterator[list[Example]]:
+    """Batches without end: every example once an epoch, shuffled by seed and epoch; an epoch's last batch may be smaller.
+
+    Args:
+        epoch, batch: where to begin, both counted from 0.
+    """
     generator = torch.Generator().manual_seed(seed)
+    for _ in range(epoch):
+        torch.randperm(len(examples), generator=generator)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order), batch_size):
+        for start in range(batch * batch_size, len(order), batch_size):
             yield [examples[i] for i in order[start : start + batch_size]]
+        batch = 0

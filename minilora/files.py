@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside under a temporary name, then renamed."""
+"""Files that are whole or absent, whatever ends the program or the machine: written beside, flushed to the disk, then renamed."""
 
 import os
 import tempfile
@@ -13,7 +13,9 @@ def write_file(path: Path, content: str | bytes) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(beside)
         os.replace(beside, path)
+        _flush(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -26,6 +28,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         new, old = Path(beside, "new"), Path(beside, "old")
         new.mkdir()
         yield new
+        for written in (*new.rglob("*"), new):
+            _flush(written)
         try:
             if path.exists():
                 os.replace(path, old)
@@ -34,3 +38,13 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 os.replace(old, path)
             raise
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk: a rename alone may outlive what it renames."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
