@@ -61,18 +61,6 @@ def find_resumed(resume: bool | Path | str, output_dir: Path | None) -> Path:
     return found[-1]
 
 
-def remove_checkpoints(folders: list[Path]) -> None:
-    """Removes checkpoints, each as a whole: a half removed one has no checkpoint's name."""
-    for folder in folders:
-        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Removes what a killed run had not finished writing or removing."""
-    for path in output_dir.glob("checkpoint-*.*"):
-        shutil.rmtree(path)
-
-
 # Writing and reading
 
 
@@ -123,9 +111,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer, schedule, fingerp
         raise ValueError(f"{folder} is of another run, and cannot be resumed by this one (was → is):\n  " + "\n  ".join(changed))
     misshapen = _misshapen(tensors, model, names)
     if misshapen:
-        raise ValueError(
-            f"the checkpoint {folder} is broken, missing or misshapen are {', '.join(misshapen)}: resume from another"
-        )
+        raise ValueError(f"the checkpoint {folder} is broken, lacks or misshapes {', '.join(misshapen)}: resume from another")
     load_adapter(model, folder, adapter_name=adapters_of(model).active)
     state = {index: _under(f"optimizer.{name}.", tensors) for index, name in enumerate(names)}
     optimizer.load_state_dict({"state": state, "param_groups": told["param_groups"]})

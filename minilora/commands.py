@@ -12,10 +12,11 @@ from torch import Tensor
 import minilora as lora
 from minilora import phi3
 from minilora.adapter import read_adapter_config
-from minilora.checkpoint import find_checkpoints, find_resumed, remove_checkpoints
+from minilora.checkpoint import find_checkpoints, find_resumed
 from minilora.config import LoraConfig, RunConfig, read_run_config
 from minilora.data import Example
 from minilora.export import export_adapter
+from minilora.files import remove_folder
 from minilora.injection import find_targets
 from minilora.inspection import Inspection, inspect_adapter, misfits
 from minilora.kernels import backend
@@ -50,7 +51,8 @@ def train(args: Namespace) -> None:
     if checkpoint:
         print(f"resumed from {checkpoint}")
     else:
-        remove_checkpoints(find_checkpoints(output))  # of a run that overwrite_output_dir gave up
+        for earlier in find_checkpoints(output):  # of a run that overwrite_output_dir gives up
+            remove_folder(earlier)
     result = lora.train(model, dataset, training, eval_dataset, output, base=args.model, resume=checkpoint or False)
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])

@@ -1,6 +1,7 @@
 """Files that are whole or absent, whatever ends the program or the machine: written beside, flushed to the disk, then renamed."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,25 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 os.replace(old, path)
             raise
         _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder whole or not at all: who is killed on the way leaves none of that name behind."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as beside:
+        os.replace(path, Path(beside, "old"))
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Removes what killed programs left in a folder while they wrote, replaced or removed files and folders of that name.
+
+    Args:
+        name: as in Path.glob.
+    """
+    for beside in folder.glob(f"{name}.*"):
+        if beside.is_dir() and {path.name.partition(".")[0] for path in beside.iterdir()} <= {"new", "old"}:
+            shutil.rmtree(beside)
+        elif beside.suffix == ".tmp":
+            beside.unlink()
 
 
 def _flush(path: Path) -> None:

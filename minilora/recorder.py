@@ -4,24 +4,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from torch import nn
 
 from minilora.adapter import load_adapter, save_adapter
-from minilora.checkpoint import (
-    checkpoint_folder,
-    find_checkpoints,
-    load_checkpoint,
-    remove_checkpoints,
-    remove_leftovers,
-    save_checkpoint,
-)
+from minilora.checkpoint import checkpoint_folder, find_checkpoints, load_checkpoint, save_checkpoint
 from minilora.config import TrainConfig
 from minilora.data import Example
 from minilora.evaluation import evaluate
-from minilora.files import write_file
+from minilora.files import remove_folder, remove_leftovers, write_file
 from minilora.fingerprint import fingerprint
 from minilora.numerics import WINDOW, find_nonfinite, is_spike, shortened
 from minilora.switching import adapters_of
@@ -39,31 +34,31 @@ class TrainResult:
 
 
 def best_evaluation(log: Sequence[dict]) -> dict | None:
-    """The line of the evaluation with the least loss, the first of equals."""
-    return min((line for line in log if "eval_loss" in line), key=lambda line: line["eval_loss"], default=None)
+    """The line of the evaluation with the least loss, the first of equals; NaN is worse than any."""
+    evaluations = [line for line in log if "eval_loss" in line]
+    return min(evaluations, key=lambda line: (math.isnan(line["eval_loss"]), line["eval_loss"]), default=None)
 
 
+@dataclass
 class Recorder:
-    """Keeps a run's result as it grows, in memory and in output_dir where there is one."""
+    """Keeps a run's result as it grows, in memory and in output_dir where there is one; the rest is as in train."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer,
-        schedule,
-        dataset: Sequence[Example],
-        config: TrainConfig,
-        eval_dataset: Sequence[Example] | None,
-        output_dir: Path | None,
-        base: str | None,
-        progress: bool,
-    ):
-        self.model, self.optimizer, self.schedule, self.config = model, optimizer, schedule, config
-        self.eval_dataset, self.output_dir, self.base, self.progress = eval_dataset, output_dir, base, progress
-        self.batches_an_epoch = math.ceil(len(dataset) / config.per_device_train_batch_size)
-        self.fingerprint = fingerprint(model, config, dataset, eval_dataset)
-        self.result = TrainResult()
-        self.recent = {"loss": [], "grad_norm": []}  # of the last steps, which say what is a spike
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    dataset: Sequence[Example]
+    config: TrainConfig
+    eval_dataset: Sequence[Example] | None
+    output_dir: Path | None
+    base: str | None
+    progress: bool
+    result: TrainResult = field(default_factory=TrainResult)
+    recent: dict[str, list] = field(default_factory=lambda: {"loss": [], "grad_norm": []})  # of the last steps: what is usual
+
+    @cached_property
+    def fingerprint(self) -> dict:
+        """What the run's checkpoints are known by."""
+        return fingerprint(self.model, self.config, self.dataset, self.eval_dataset)
 
     # Beginning and end
 
@@ -76,7 +71,8 @@ class Recorder:
             self._check_best_is_there(checkpoint)
         if self.output_dir:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.output_dir)
+            for name in ("log.jsonl", "checkpoint-*", "adapter"):
+                remove_leftovers(self.output_dir, name)
             write_file(self.output_dir / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.result.log))
         return tuple(place)
 
@@ -142,11 +138,10 @@ class Recorder:
 
     def out_of_patience(self) -> bool:
         """Whether the last early_stopping_patience evaluations were all no better than one before them."""
-        losses, patience = (
-            [line["eval_loss"] for line in self.result.log if "eval_loss" in line],
-            self.config.early_stopping_patience,
-        )
-        return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+        evaluations, patience = [line for line in self.result.log if "eval_loss" in line], self.config.early_stopping_patience
+        if not patience or not evaluations:
+            return False
+        return len(evaluations) - 1 - evaluations.index(best_evaluation(evaluations)) >= patience
 
     # Checkpoints
 
@@ -160,13 +155,16 @@ class Recorder:
     def _save_checkpoint(self, folder: Path) -> None:
         """Saves one, and then removes those before it but the latest save_total_limit and the best."""
         result, config = self.result, self.config
-        epoch_and_batch = divmod(result.steps * config.gradient_accumulation_steps, self.batches_an_epoch)  # that come next
-        progress = {"place": epoch_and_batch, "recent": self.recent, "result": asdict(result)}
+        batches_an_epoch = math.ceil(len(self.dataset) / config.per_device_train_batch_size)
+        place = divmod(result.steps * config.gradient_accumulation_steps, batches_an_epoch)  # epoch and batch that come next
+        progress = {"place": place, "recent": self.recent, "result": asdict(result)}
         save_checkpoint(folder, self.model, self.optimizer, self.schedule, self.fingerprint, progress, self.base)
         found = find_checkpoints(self.output_dir)
         old = found[: found.index(folder) + 1][: -config.save_total_limit]
         best = config.load_best_model_at_end and checkpoint_folder(self.output_dir, self._best_step())
-        remove_checkpoints([path for path in old if path != best])
+        for earlier in old:
+            if earlier != best:
+                remove_folder(earlier)
 
     def _best_step(self) -> int:
         """The step of the best evaluation; 0 before the first."""

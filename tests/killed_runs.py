@@ -69,7 +69,7 @@ def outcome(folder: Path) -> tuple:
     """All that a run leaves behind but its clock: the adapter's bytes, the log, the names in its folder."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     log = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("adapter."))  # one killed while being saved
+    names = sorted(path.name for path in folder.iterdir())
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), log, names
 
 

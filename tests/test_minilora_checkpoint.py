@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -209,29 +210,20 @@ def test_a_later_checkpoint_outlasts_going_back(tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import test_minilora_checkpoint as tests
-model = tests.adapted()
-steps = []
-def fill(*_):
-    steps.append(None)
-    if len(steps) == 4:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
-model.register_forward_pre_hook(fill)
-try:
-    tests.train(model, Path(sys.argv[1]))
-except OSError as error:
-    print(error)
-"""
-
-
 def test_a_disk_that_fills_leaves_the_earlier_checkpoint_whole(tmp_path):
-    here = str(Path(__file__).parent)
-    ended = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path, here], capture_output=True, text=True)
-    assert "could not be written" in ended.stdout, ended.stderr
+    model, steps, unlimited = adapted(), [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_):
+        steps.append(None)
+        if len(steps) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16384, unlimited[1]))  # longer than the adapter's files, and no other
+
+    model.register_forward_pre_hook(fill)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*earlier checkpoints are untouched"):
+            train(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     train(adapted(), tmp_path, resume=True)
 
