@@ -221,10 +221,10 @@ def test_a_disk_that_fills_leaves_the_earlier_checkpoint_whole(tmp_path):
     model.register_forward_pre_hook(fill)
     try:
         with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*earlier checkpoints are untouched"):
-            train(model, tmp_path)
+            train(model, tmp_path, save_total_limit=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]  # not removed before there is another
     train(adapted(), tmp_path, resume=True)
 
 

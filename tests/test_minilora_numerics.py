@@ -23,9 +23,9 @@ def named(count: int):
     return [replace(example, source=f"chat.jsonl:{line}") for line, example in enumerate(examples(count), start=1)]
 
 
-def train(model, dataset, folder=None, **settings):
+def train(model, dataset, folder=None, resume=False, **settings):
     config = lora.TrainConfig(**{"learning_rate": 1e-2, "per_device_train_batch_size": 2} | settings)
-    return lora.train(model, dataset, config, output_dir=folder, progress=False)
+    return lora.train(model, dataset, config, output_dir=folder, progress=False, resume=resume)
 
 
 def poisoned():
@@ -93,8 +93,7 @@ def test_a_skipped_step_resumes_with_its_count(tmp_path):
     runs = [poisoned() for _ in range(2)]
     settings = {"on_nonfinite": "skip", "num_train_epochs": 2.0, "save_steps": 1, "save_total_limit": 9}
     results = [train(*runs[0], tmp_path, **settings)]
-    config = lora.TrainConfig(learning_rate=1e-2, per_device_train_batch_size=2, **settings)
-    results.append(lora.train(*runs[1], config, progress=False, resume=tmp_path / "checkpoint-5"))
+    results.append(train(*runs[1], resume=tmp_path / "checkpoint-5", **settings))
     assert same(*(adapter(model) for model, _ in runs))
     assert results[0].skipped == results[1].skipped == 2
 
@@ -150,19 +149,26 @@ def test_nothing_is_a_spike_before_it_is_known_what_is_usual():
     assert is_spike(100.0, [1.0] * LEAST)
 
 
-def test_spikes_of_loss_and_gradient_are_logged_with_their_examples(tmp_path):
-    model, dataset = adapted(), named(1)
-    passes = []
+def leaping(step: int):
+    """A model whose loss is ten times itself in the n-th forward pass."""
+    model, passes = adapted(), []
 
     def leap(_, __, loss):
         passes.append(None)
-        return loss * 10 if len(passes) == 12 else loss
+        return loss * 10 if len(passes) == step else loss
 
     model.register_forward_hook(leap)
-    result = train(model, dataset, tmp_path, learning_rate=1e-9, num_train_epochs=20)
+    return model
+
+
+def test_spikes_of_loss_and_gradient_are_logged_with_their_examples(tmp_path):
+    settings = {"learning_rate": 1e-9, "num_train_epochs": 20, "save_steps": 1, "save_total_limit": 99}
+    result = train(leaping(12), named(1), tmp_path, **settings)
     spikes = [line for line in result.log if "spike" in line]
     assert [(line["step"], line["spike"]) for line in spikes] == [(12, "loss"), (12, "grad_norm")]
     loss = next(line["loss"] for line in result.log if line["step"] == 1)
     assert spikes[0]["value"] == pytest.approx(10 * loss, rel=1e-3)
     assert spikes[0]["usual"] == pytest.approx(loss, rel=1e-3)
     assert spikes[0]["examples"] == ["chat.jsonl:1"]
+    resumed = train(leaping(1), named(1), resume=tmp_path / "checkpoint-11", **settings)
+    assert [line for line in resumed.log if "spike" in line] == spikes
