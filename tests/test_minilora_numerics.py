@@ -55,9 +55,10 @@ def test_a_loss_that_is_nan_names_step_parameters_and_the_example_at_fault(tmp_p
     assert "and 11 more, on chat.jsonl:3; the weights stay" in str(told.value)
 
 
-def test_a_gradient_that_is_infinite_names_its_parameter_and_all_examples_of_the_step():
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_names_its_parameter_and_all_examples_of_the_step(factor):
     model = adapted()
-    model.model.layers[1].mlp.down_proj.lora_B.register_hook(lambda gradient: gradient * math.inf)
+    model.model.layers[1].mlp.down_proj.lora_B.register_hook(lambda gradient: gradient * factor)
     with pytest.raises(FloatingPointError) as told:
         train(model, named(2))
     assert "in the gradient of model.layers.1.mlp.down_proj.lora_B, on chat.jsonl:" in str(told.value)
