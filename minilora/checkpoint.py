@@ -24,6 +24,7 @@ from minilora.peft_config import CONFIG
 from minilora.switching import adapters_of
 
 STATE, STATE_TENSORS = "training_state.json", "training_state.safetensors"
+KEYS = "fingerprint", "progress", "schedule", "param_groups"  # of the JSON file
 FILES = {CONFIG, TENSORS, STATE, STATE_TENSORS}
 
 
@@ -79,12 +80,7 @@ def save_checkpoint(
         for index, name in enumerate(_trained(model, optimizer))
         for key, tensor in state["state"].get(index, {}).items()
     }
-    told = {
-        "progress": progress,
-        "schedule": schedule.state_dict(),
-        "param_groups": state["param_groups"],
-        "fingerprint": fingerprint,
-    }
+    told = dict(zip(KEYS, (fingerprint, progress, schedule.state_dict(), state["param_groups"]), strict=True))
     with replaced_folder(folder) as new:
         save_adapter(model, new, base)
         (new / STATE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -103,10 +99,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer, schedule, fingerp
     """
     try:
         told, tensors = json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / STATE_TENSORS)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {folder} is broken ({error}): resume from another") from None
+        earlier, progress, of_schedule, of_groups = (told[key] for key in KEYS)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {folder} is broken ({error!r}): resume from another") from None
     names = _trained(model, optimizer)
-    changed = differences(told["fingerprint"], json.loads(json.dumps(fingerprint)))
+    changed = differences(earlier, json.loads(json.dumps(fingerprint)))
     if changed:
         raise ValueError(f"{folder} is of another run, and cannot be resumed by this one (was → is):\n  " + "\n  ".join(changed))
     misshapen = _misshapen(tensors, model, names)
@@ -114,12 +111,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer, schedule, fingerp
         raise ValueError(f"the checkpoint {folder} is broken, lacks or misshapes {', '.join(misshapen)}: resume from another")
     load_adapter(model, folder, adapter_name=adapters_of(model).active)
     state = {index: _under(f"optimizer.{name}.", tensors) for index, name in enumerate(names)}
-    optimizer.load_state_dict({"state": state, "param_groups": told["param_groups"]})
-    schedule.load_state_dict(told["schedule"])
+    optimizer.load_state_dict({"state": state, "param_groups": of_groups})
+    schedule.load_state_dict(of_schedule)
     torch.set_rng_state(tensors["generator.cpu"])
     for index, device in enumerate(_cuda_devices(model)):
         torch.cuda.set_rng_state(tensors[f"generator.cuda.{index}"], device)
-    return told["progress"]
+    return progress
 
 
 def _misshapen(tensors: dict[str, Tensor], model: nn.Module, names: list[str]) -> list[str]:

@@ -51,7 +51,8 @@ def train(
             to turn on, no evaluation to find the best adapter by, or the checkpoint is of another run.
         FileExistsError: output_dir holds checkpoints of an earlier run, and nothing is to be resumed.
         FileNotFoundError: there is no checkpoint to resume from.
-        FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
+        FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model and, but for what
+            config.detect_anomaly finds, in output_dir/adapter.
         Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was saved for it; without output_dir they end the run as ever.
     """
     output_dir = Path(output_dir) if output_dir else None

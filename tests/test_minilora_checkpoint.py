@@ -149,6 +149,22 @@ def test_a_model_of_hand_made_layers_goes_on_to_the_same_bits(tmp_path):
     assert_same(trained(model), trained(whole))
 
 
+def test_the_active_one_of_several_adapters_goes_on_to_the_same_bits(tmp_path):
+    def make():
+        model = adapted(lora_dropout=0.3)
+        lora.load_adapter(model, tmp_path / "other", adapter_name="other")
+        lora.mark_only_lora_as_trainable(model)
+        return model
+
+    lora.save_adapter(adapted(r=3, target_modules=["o_proj"]), tmp_path / "other")
+    whole, model = make(), make()
+    train(whole, tmp_path / "run")
+    train(model, tmp_path / "run", resume=True)
+    assert_same(trained(model), trained(whole))
+    lora.set_adapter(model, "default")
+    assert_same(lora.lora_state_dict(model), lora.lora_state_dict(adapted(lora_dropout=0.3)))
+
+
 def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(tmp_path):
     settings = {"num_train_epochs": 3, "gradient_accumulation_steps": 2, "save_steps": 1}  # 3 batches an epoch, 2 a step
     whole = adapted()
@@ -297,6 +313,13 @@ def test_a_broken_checkpoint_is_told(checkpoints, tmp_path, name):
     file = folder / "checkpoint-4" / name
     file.write_bytes(file.read_bytes()[:-50])
     refused(adapted(), folder, "broken|truncated")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3"])
+def test_json_of_another_kind_is_told(checkpoints, tmp_path, text):
+    folder = shutil.copytree(checkpoints, tmp_path / "run")
+    (folder / "checkpoint-4" / STATE).write_text(text)
+    refused(adapted(), folder, "broken")
 
 
 def test_a_checkpoint_of_other_moments_is_told(checkpoints, tmp_path):
