@@ -8,7 +8,9 @@ from benchmarks import protocol
 
 # The rest of minilora/ is the program around the library: data, training, evaluation, demo and command line.
 PROGRAM = {
-    "__main__", "cli", "commands", "data", "demo", "demo_task", "demo_weights", "evaluation", "report", "training",
+    "__main__", "checkpoint", "cli", "commands", "conversations", "data", "demo", "demo_task", "demo_weights", "evaluation",
+    "fingerprint", "interruption", "lengths", "mixture", "numerics", "packing", "preparation", "recorder", "report", "showing",
+    "sources", "training",
 }  # fmt: skip
 THEIRS = {"loralib": (".", {"test"}), "peft": ("tuners/lora", set())}  # folder in the package; stems left out
 

@@ -1,6 +1,7 @@
 """The command line: what can be typed, and how a fault ends it (one message, exit code 2)."""
 
 import argparse
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -52,6 +53,7 @@ Example:
   minilora train --model microsoft/Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16
 
 OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
+Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on, and ends as if nothing had happened.
 
 Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):
 """
@@ -105,6 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--adapter-dtype", choices=["float32", "model"], default="float32", help="dtype of the adapter (%(default)s)"
     )
+    train.add_argument(
+        "--resume", type=Path, nargs="?", const=True, default=False, metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a name from the newest one in the output folder",
+    )  # fmt: skip
+    train.add_argument("--detect-anomaly", action="store_true", help="name the operation that gives the first NaN; slow")
     train.add_argument("--drop-long", action="store_true", help="leave out conversations over max_seq_length instead of stopping")
     _settings(train)
 
@@ -222,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"minilora {args.command}: out of memory: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nminilora {args.command}: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"\nminilora {args.command}: {error if str(error) else 'stopped'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import minilora as lora
 from minilora import phi3
 from minilora.adapter import read_adapter_config
+from minilora.checkpoint import find_checkpoints, find_resumed
 from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config
 from minilora.data import shuffled_batches
 from minilora.export import export_adapter
+from minilora.files import remove_folder
 from minilora.injection import find_targets
 from minilora.inspection import Inspection, inspect_adapter, misfits
 from minilora.kernels import backend
@@ -24,6 +26,7 @@ from minilora.layers import adapted_layers
 from minilora.lengths import describe_padding
 from minilora.peft_config import read_peft_config
 from minilora.preparation import count_shared, gather, prepare
+from minilora.recorder import best_evaluation
 from minilora.showing import show_batch
 from minilora.trainable import count_parameters
 from minilora.tying import TiedLinear
@@ -39,16 +42,9 @@ def demo(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     run = read_run_config(args.config, args.set)
-    output = args.output or (run.output_dir and Path(run.output_dir))
-    if not output:
-        raise ValueError("name a folder for the adapter with --output, or output_dir in [training]")
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} must be a folder, and is a file: choose another --output")
-    if (output / "adapter").exists() and not run.overwrite_output_dir:
-        raise FileExistsError(
-            f"{output / 'adapter'} exists: choose another --output, or allow it to be replaced with "
-            "--set training.overwrite_output_dir=true"
-        )
+    training = replace(run.training, detect_anomaly=run.training.detect_anomaly or args.detect_anomaly)
+    output = _output_of_training(args, run)
+    checkpoint = find_resumed(args.resume, output) if args.resume else None
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
@@ -66,14 +62,39 @@ def train(args: Namespace) -> None:
     lora.inject(model, run.peft, None if args.adapter_dtype == "model" else torch.float32)
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, run.peft))
-    result = lora.train(model, dataset, run.training, eval_dataset, output, base=args.model)
+    if checkpoint:
+        print(f"resumed from {checkpoint}")
+    else:
+        for earlier in find_checkpoints(output):  # of a run that overwrite_output_dir gives up
+            remove_folder(earlier)
+    result = lora.train(model, dataset, training, eval_dataset, output, base=args.model, resume=checkpoint or False)
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
     print(f"{result.tokens} tokens in {result.seconds:.0f} s; loss {losses}")
-    last = result.log[-1]
-    if "eval_loss" in last:
-        print(f"evaluation: loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}")
+    if result.skipped:
+        print(f"{result.skipped} of {result.steps} steps were skipped, since loss or gradient was not finite: see the log")
+    if eval_dataset:
+        told = best_evaluation(result.log) if training.load_best_model_at_end else result.log[-1]
+        print(f"evaluation: loss {told['eval_loss']:.4f}, perplexity {told['eval_perplexity']:.2f}, at step {told['step']}")
     print(f"wrote {output / 'adapter'} and {output / 'log.jsonl'}")
+
+
+def _output_of_training(args: Namespace, run: RunConfig) -> Path:
+    """The folder that a run writes into; an earlier run there is told, unless it is to be resumed or replaced."""
+    output = args.output or (run.output_dir and Path(run.output_dir))
+    if not output and isinstance(args.resume, Path):
+        output = args.resume.parent
+    if not output:
+        raise ValueError("name a folder for the adapter with --output, or output_dir in [training]")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} must be a folder, and is a file: choose another --output")
+    present = [path for path in (*find_checkpoints(output), output / "adapter") if path.exists()]
+    if present and not args.resume and not run.overwrite_output_dir:
+        raise FileExistsError(
+            f"{present[-1]} exists: choose another --output, go on with --resume, or allow it to be replaced with "
+            "--set training.overwrite_output_dir=true"
+        )
+    return output
 
 
 def eval(args: Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Literal, Union, get_args, get_origin
 
 Schedule = Literal["cosine", "linear"]
 Bias = Literal["none", "all", "lora_only"]
+NonFinite = Literal["stop", "skip"]
 STARTS = (True, "pissa", "olora")  # of lora_A and lora_B
 
 
@@ -66,10 +67,12 @@ RULES = {
     "gradient_accumulation_steps": _at_least(1),
     "weight_decay": _at_least(0),
     "max_grad_norm": (lambda value: value > 0, "must be positive"),
+    "on_nonfinite": (lambda value: value in get_args(NonFinite), f"must be one of {', '.join(get_args(NonFinite))}"),
     "logging_steps": _at_least(1),
     "eval_steps": _at_least(0),
     "save_steps": _at_least(0),
     "save_total_limit": _at_least(1),
+    "early_stopping_patience": _at_least(0),
     "max_seq_length": _at_least(1),
 }
 
@@ -210,10 +213,14 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # keep each layer's input only and compute the rest again: less memory, ~4/3 of the time
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # longer gradients are cut to this norm
+    on_nonfinite: NonFinite = "stop"  # what a loss or gradient that is NaN or infinite does: end the run, or leave out its step
+    detect_anomaly: bool = False  # name the operation whose backward gives the first NaN; much slower
     logging_steps: int = 1  # steps between lines of the log
     eval_steps: int = 0  # steps between evaluations; 0 for one at the end only
-    save_steps: int = 0  # steps between saved adapters; 0 for one at the end only
-    save_total_limit: int = 2  # adapters saved on the way that are kept, the latest
+    save_steps: int = 0  # steps between checkpoints; 0 for none, and the adapter at the end only
+    save_total_limit: int = 2  # checkpoints that are kept, the latest
+    load_best_model_at_end: bool = False  # the adapter at the end is that of the evaluation with the least loss
+    early_stopping_patience: int = 0  # evaluations without a lower loss that end the run; 0 for none
     seed: int = 0  # of the order of the data and of dropout
 
     def __post_init__(self):
@@ -241,7 +248,8 @@ RUN_KEYS = ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir")
 DECIDED = {
     "training": {
         "do_eval": None, "remove_unused_columns": None, "log_level": None, "logging_strategy": ("steps",),
-        "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
+        "gradient_checkpointing_kwargs": ({"use_reentrant": False},), "metric_for_best_model": ("eval_loss", "loss"),
+        "greater_is_better": (False,),
     },
     "peft": {"task_type": ("CAUSAL_LM",)},
 }  # fmt: skip

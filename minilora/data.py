@@ -1,7 +1,7 @@
 """Conversations as token ids, what of them is learnt, and batches of both."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -26,6 +26,7 @@ class Example:
     ids: list[int]
     mask: list[bool]
     documents: list[int] | None = None  # of a packed row: for each token the number of its conversation, 1, 2, 3, …
+    source: str = field(default="", compare=False)  # "file:line"
 
 
 def encode_conversations(
@@ -55,7 +56,8 @@ def encode_conversations(
             faults.append(f"{conversation.source}: {error}")
         else:
             taken.append(conversation)
-            examples.append(Example(ids, mask if assistant_only_loss else [True] * len(ids)))
+            learnt = mask if assistant_only_loss else [True] * len(ids)
+            examples.append(Example(ids, learnt, source=conversation.source))
     if not drop_long:
         faults += too_long(taken, examples, max_length)
     raise_all(faults)
@@ -90,10 +92,19 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     return batch
 
 
-def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end: every example once an epoch, shuffled by seed and epoch; an epoch's last batch may be smaller."""
+def shuffled_batches(
+    examples: Sequence[Example], batch_size: int, seed: int, epoch: int = 0, batch: int = 0
+) -> Iterator[list[Example]]:
+    """Batches without end: every example once an epoch, shuffled by seed and epoch; an epoch's last batch may be smaller.
+
+    Args:
+        epoch, batch: where to begin, both counted from 0.
+    """
     generator = torch.Generator().manual_seed(seed)
+    for _ in range(epoch):
+        torch.randperm(len(examples), generator=generator)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order), batch_size):
+        for start in range(batch * batch_size, len(order), batch_size):
             yield [examples[i] for i in order[start : start + batch_size]]
+        batch = 0

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 import minilora as lora
 from minilora import demo_task, demo_weights, phi3
+from minilora.checkpoint import find_checkpoints
 from minilora.commands import describe_adapter, load_model
 from minilora.data import Example
-from minilora.files import write_file
+from minilora.files import remove_folder, write_file
 from minilora.report import Answers, Report, write_report
 from minilora.trainable import count_parameters
 
@@ -55,6 +56,8 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1) -> di
     lora.inject(model, LORA)
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, LORA))
+    for earlier in find_checkpoints(output):  # of a demo that was stopped: it begins anew
+        remove_folder(earlier)
     result = lora.train(model, dataset, config, output_dir=output, base=str(folder))
     heading("after")
     after = examine(model, tokenizer, task, unseen)

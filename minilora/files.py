@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written beside under a temporary name, then renamed."""
+"""Files that are whole or absent, whatever ends the program or the machine: written beside, flushed to the disk, then renamed."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ def write_file(path: Path, content: str | bytes) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(beside)
         os.replace(beside, path)
+        _flush(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -26,6 +29,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         new, old = Path(beside, "new"), Path(beside, "old")
         new.mkdir()
         yield new
+        for written in (*new.rglob("*"), new):
+            _flush(written)
         try:
             if path.exists():
                 os.replace(path, old)
@@ -34,3 +39,34 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 os.replace(old, path)
             raise
+        _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder whole or not at all: who is killed on the way leaves none of that name behind."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as beside:
+        os.replace(path, Path(beside, "old"))
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Removes what killed programs left in a folder while they wrote, replaced or removed files and folders of that name.
+
+    Args:
+        name: as in Path.glob.
+    """
+    for beside in folder.glob(f"{name}.*"):
+        if beside.is_dir() and {path.name.partition(".")[0] for path in beside.iterdir()} <= {"new", "old"}:
+            shutil.rmtree(beside)
+        elif beside.suffix == ".tmp":
+            beside.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk: a rename alone may outlive what it renames."""
+    if os.name == "nt":
+        return  # Windows opens no folder, and flushes no file that is open for reading
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

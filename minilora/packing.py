@@ -56,4 +56,5 @@ def _joined(row: list[Example]) -> Example:
         ids=[id_ for example in row for id_ in example.ids],
         mask=[learnt and place > 0 for example in row for place, learnt in enumerate(example.mask)],
         documents=[number for number, example in enumerate(row, start=1) for _ in example.ids],
+        source=", ".join(filter(None, (example.source for example in row))),
     )

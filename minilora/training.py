@@ -1,36 +1,27 @@
-"""The training loop: batches, loss on the assistant's tokens, AdamW on the adapter, a log, and adapters saved on the way."""
+"""The training loop: batches, loss on the assistant's tokens, AdamW on the adapter, a log, and checkpoints on the way."""
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from minilora.adapter import check_replaceable, save_adapter
+from minilora.adapter import check_replaceable
+from minilora.checkpoint import checkpoint_folder, find_checkpoints, find_resumed
 from minilora.config import TrainConfig
 from minilora.data import Example, collate, shuffled_batches
-from minilora.evaluation import evaluate
+from minilora.interruption import Interrupted, deferred_signals
 from minilora.kernels.cross_entropy import IGNORE
 from minilora.loraplus import parameter_groups
+from minilora.numerics import named_anomalies
 from minilora.packing import pack
+from minilora.recorder import Recorder, TrainResult
 from minilora.trainable import lora_state_dict
-
-
-@dataclass
-class TrainResult:
-    """What a run did; `log` holds the lines of log.jsonl."""
-
-    steps: int
-    seconds: float  # of training, evaluations and saves left out
-    tokens: int  # that passed through the model, padding left out
-    log: list[dict] = field(default_factory=list)
 
 
 def train(
@@ -41,10 +32,12 @@ def train(
     output_dir: Path | str | None = None,
     base: str | None = None,
     progress: bool = True,
+    resume: bool | Path | str = False,
 ) -> TrainResult:
     """Trains whatever parameters of the model ask for gradients; the same seed on the same machine ends bitwise the same.
 
-    A step's gradient is that of the mean loss over all target tokens of its batches, however they are split.
+    A step's gradient is that of the mean loss over all target tokens of its batches, however they are split. A run that was
+    ended at any moment and is resumed ends bitwise as one that was not.
 
     Args:
         model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does; with config.packing also given an
@@ -52,13 +45,22 @@ def train(
         eval_dataset: evaluated every config.eval_steps, and at the end.
         output_dir: takes log.jsonl, checkpoint-STEP/ every config.save_steps, and adapter/ at the end; None writes nothing.
         base: name of the base model, noted in the saved adapters.
+        resume: a checkpoint to go on from, or True for the newest one in output_dir. Model, adapter, settings and data must be
+            those of the run that wrote it (minilora.fingerprint).
 
     Raises:
         ValueError: there is no data, a conversation is too long to be packed, nothing to train, something trained that no
-            adapter holds, or no activation checkpointing to turn on.
-        FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model, and in output_dir/adapter.
+            adapter holds, no activation checkpointing to turn on, no evaluation to find the best adapter by, or the checkpoint is
+            of another run.
+        FileExistsError: output_dir holds checkpoints of an earlier run, and nothing is to be resumed.
+        FileNotFoundError: there is no checkpoint to resume from.
+        FloatingPointError: a loss or gradient is not finite. The last good adapter is in the model and, but for what
+            config.detect_anomaly finds, in output_dir/adapter.
+        Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was saved for it; without output_dir they end the run as ever.
     """
-    _check(model, dataset, output_dir)
+    output_dir = Path(output_dir) if output_dir else None
+    checkpoint = find_resumed(resume, output_dir) if resume else None
+    _check(model, dataset, config, eval_dataset, output_dir, checkpoint)
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
     rows = pack(dataset, config.max_seq_length) if config.packing else dataset
@@ -67,43 +69,64 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
-    batches = shuffled_batches(rows, config.per_device_train_batch_size, config.seed)
-    recorder = _Recorder(model, config, eval_dataset, output_dir and Path(output_dir), base, progress)
+    recorder = Recorder(model, optimizer, schedule, rows, config, eval_dataset, output_dir, base, progress)
+    place, result = recorder.start(checkpoint), recorder.result
+    batches = shuffled_batches(rows, config.per_device_train_batch_size, config.seed, *place)
+    deferred = deferred_signals() if output_dir else nullcontext([])
     model.train()
-    with tqdm(total=total, desc="train", unit="step", disable=not progress) as bar:
-        for step in range(1, total + 1):
+    with deferred as signals, tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=not progress) as bar:
+        for step in range(result.steps + 1, total + 1):
             learning_rate, started = schedule.get_last_lr()[0], time.perf_counter()
-            loss, tokens = accumulate_gradients(model, list(islice(batches, config.gradient_accumulation_steps)))
-            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            drawn = list(islice(batches, config.gradient_accumulation_steps))
+            with named_anomalies(config.detect_anomaly, step):
+                loss, tokens = accumulate_gradients(model, drawn)
+            norm = clip_gradients(parameters, config.max_grad_norm)
+            examples = list(chain.from_iterable(drawn))
+            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                recorder.save("adapter")
-                raise FloatingPointError(
-                    f"step {step}: loss {loss} and gradient norm {norm} must be finite; the weights stay those of step {step - 1}"
-                    + (f", saved in {recorder.folder / 'adapter'}" if recorder.folder else "")
-                    + ". Lower learning_rate, or look at the data"
-                )
+                recorder.nonfinite(line, examples)
+                optimizer.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            recorder.step(step, total, loss, norm, learning_rate, tokens, time.perf_counter() - started, bar)
+            seconds = time.perf_counter() - started
+            bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:.0f}"}, refresh=False)
+            bar.update()
+            recorder.step(line, tokens, seconds, examples, last=step == total)
+            if step == total or recorder.out_of_patience():
+                break
+            stopping = bool(signals)
+            recorder.save_if_due(now=stopping)
+            if stopping:
+                raise Interrupted(step, checkpoint_folder(output_dir, step), signals[0])
     model.eval()
-    recorder.save("adapter")
-    return recorder.result
+    recorder.finish()
+    return result
 
 
-def _check(model: nn.Module, dataset: Sequence[Example], output_dir: Path | str | None) -> None:
+def _check(model, dataset, config: TrainConfig, eval_dataset, output_dir: Path | None, checkpoint: Path | None) -> None:
     """Everything that would spoil a run is told before its first step."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not dataset or not trained:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
-    if output_dir and not any("lora_" in name for name, _ in model.named_parameters()):
+    if (config.load_best_model_at_end or config.early_stopping_patience) and not (eval_dataset and config.eval_steps):
+        raise ValueError("load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps")
+    if output_dir:
+        _check_output(model, set(trained), output_dir, checkpoint)
+    elif config.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end needs an output_dir, where the best checkpoint lies until then")
+
+
+def _check_output(model: nn.Module, trained: set[str], output_dir: Path, checkpoint: Path | None) -> None:
+    if not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("output_dir takes adapters, and the model has none: inject one first")
-    if output_dir:
-        lost = set(trained) - lora_state_dict(model).keys()
-        if lost:
-            raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(sorted(lost))}")
-    if output_dir:
-        check_replaceable(Path(output_dir, "adapter"))
+    lost = trained - lora_state_dict(model).keys()
+    if lost:
+        raise ValueError(f"output_dir takes adapters only, and would lose what else is trained: {', '.join(sorted(lost))}")
+    check_replaceable(output_dir / "adapter")
+    found = find_checkpoints(output_dir)
+    if found and not checkpoint:
+        raise FileExistsError(f"{output_dir} holds {found[-1].name} of an earlier run: resume it, or choose another folder")
 
 
 def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
@@ -144,42 +167,9 @@ def accumulate_gradients(model: nn.Module, batches: list[list[Example]]) -> tupl
     return loss, sum(len(example.ids) for batch in batches for example in batch)
 
 
-class _Recorder:
-    """Everything a run tells: the progress bar, log.jsonl, evaluations, and adapters on disk."""
-
-    def __init__(self, model, config: TrainConfig, eval_dataset, folder: Path | None, base, progress: bool):
-        self.model, self.config, self.eval_dataset = model, config, eval_dataset
-        self.folder, self.base, self.progress = folder, base, progress
-        self.checkpoints = []  # names of this run's, the oldest first
-        self.result = TrainResult(steps=0, seconds=0.0, tokens=0)
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "log.jsonl").write_text("")
-
-    def step(self, step, total, loss, norm, learning_rate, tokens, seconds, bar) -> None:
-        config, result = self.config, self.result
-        result.steps, result.seconds, result.tokens = step, result.seconds + seconds, result.tokens + tokens
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:.0f}"}, refresh=False)
-        bar.update()
-        last = step == total
-        if step % config.logging_steps == 0 or last:
-            line = {"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
-            self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)})
-        if self.eval_dataset and (last or (config.eval_steps and step % config.eval_steps == 0)):
-            found = evaluate(self.model, self.eval_dataset, config.per_device_eval_batch_size, self.progress)
-            self._log({"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity})
-        if config.save_steps and step % config.save_steps == 0 and not last:
-            self.save(f"checkpoint-{step}")
-            self.checkpoints.append(f"checkpoint-{step}")
-            if self.folder and len(self.checkpoints) > config.save_total_limit:
-                shutil.rmtree(self.folder / self.checkpoints.pop(0))
-
-    def _log(self, line: dict) -> None:
-        self.result.log.append(line)
-        if self.folder:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-
-    def save(self, name: str) -> None:
-        if self.folder:
-            save_adapter(self.model, self.folder / name, self.base)
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Cuts the gradient of all parameters together to max_norm, where it is finite; returns its norm before that."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if norm.isfinite():  # else all would be NaN, and no longer tell where it came from
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minilora.data import Example
 from minilora.phi3 import Phi3Config, Phi3ForCausalLM
 
 SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}  # after the 256 bytes
@@ -84,6 +85,18 @@ def tiny_model(config: Phi3Config, seed: int = 0) -> Phi3ForCausalLM:
             if name.endswith("norm.weight"):
                 torch.nn.init.normal_(parameter, 1.0, 0.2)
     return model
+
+
+def examples(count=8) -> list[Example]:
+    """Conversations of random tokens, of unlike lengths and with unlike numbers of targets."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(count):
+        length = 6 + 3 * (i % 5)
+        ids = torch.randint(256, (length,), generator=generator).tolist()
+        learnt = 1 + (7 * i) % (length - 1)
+        made.append(Example(ids, [False] * (length - learnt) + [True] * learnt))
+    return made
 
 
 def as_transformers_has_it(config: Phi3Config) -> tuple[dict, dict]:

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minilora import training
 from minilora.cli import build_parser, main
+from minilora.training import accumulate_gradients
 
 COMMANDS = ("demo", "train", "eval", "data", "generate", "chat", "merge", "export", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -298,11 +302,135 @@ def test_a_disk_that_fills_while_saving_leaves_the_earlier_adapter_whole(tiny_ch
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "log.jsonl"]
 
 
+# A run that was stopped ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """Sends a signal to the process in the n-th step of training."""
+
+    def at(step: int, number: int):
+        drawn = []
+
+        def accumulate(*args):
+            drawn.append(None)
+            if len(drawn) == step:
+                signal.raise_signal(number)
+            return accumulate_gradients(*args)
+
+        monkeypatch.setattr(training, "accumulate_gradients", accumulate)
+
+    return at
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on_and_goes_on_to_the_same_bytes(
+    tiny_checkpoint, chat, tmp_path, capsys, stops, number, status
+):
+    settings = ["--set", "training.max_steps=5", "--set", "peft.lora_dropout=0.3"]
+    whole, stopped = (train(tiny_checkpoint, chat, tmp_path / name, *settings) for name in ("whole", "stopped"))
+    assert main(list(map(str, whole))) == 0
+    stops(3, number)
+    capsys.readouterr()
+    assert main(list(map(str, stopped))) == status
+    said = capsys.readouterr().err
+    assert (
+        f"minilora train: stopped by {signal.Signals(number).name} after step 3; {tmp_path / 'stopped' / 'checkpoint-3'}" in said
+    )
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert main([*map(str, stopped), "--resume"]) == 0
+    assert f"resumed from {tmp_path / 'stopped' / 'checkpoint-3'}" in capsys.readouterr().out
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "stopped")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_terminated_process_exits_as_the_shell_expects(tiny_checkpoint, chat, tmp_path):
+    command = train(tiny_checkpoint, chat, tmp_path / "out", "--set", "training.max_steps=100000")
+    process = subprocess.Popen([sys.executable, "-m", "minilora", *map(str, command)], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    assert "go on: the same command with --resume" in said
+
+
+@pytest.fixture
+def stopped(tiny_checkpoint, chat, tmp_path, stops, capsys):
+    """The folder of a run that was stopped in its second step, of three."""
+    stops(2, signal.SIGTERM)
+    assert main(list(map(str, train(tiny_checkpoint, chat, tmp_path / "out", "--set", "training.max_steps=3")))) == 143
+    capsys.readouterr()
+    return tmp_path / "out"
+
+
+def test_another_run_is_not_resumed_and_every_difference_is_told(tiny_checkpoint, chat, fails, stopped):
+    chat.write_text(chat.read_text() + json.dumps(CHAT) + "\n")
+    message = fails(*train(tiny_checkpoint, chat, stopped, "--resume", "--set", "peft.r=4", "--set", "training.seed=1"))
+    for difference in ("training.max_steps: 3 → 2", "training.seed: 0 → 1", "peft.r: 2 → 4", "data.conversations: 4 → 5"):
+        assert difference in message
+
+
+def test_a_stopped_run_is_resumed_or_replaced_and_never_by_chance(tiny_checkpoint, chat, fails, stopped):
+    command = train(tiny_checkpoint, chat, stopped, "--set", "training.max_steps=3")
+    assert "checkpoint-2 exists: choose another --output, go on with --resume" in fails(*command)
+    assert main([*map(str, command), "--set", "training.overwrite_output_dir=true"]) == 0
+    assert sorted(path.name for path in stopped.iterdir()) == ["adapter", "log.jsonl"]
+
+
+def test_a_named_checkpoint_is_resumed_into_its_own_folder(tiny_checkpoint, chat, stopped, capsys):
+    command = ["train", "--model", tiny_checkpoint, "--data", chat, "--resume", stopped / "checkpoint-2"]
+    command += ["--set", "peft.r=2", "--set", 'peft.target_modules=["qkv_proj"]', "--set", "training.max_steps=3"]
+    assert main(list(map(str, command))) == 0
+    assert f"wrote {stopped / 'adapter'}" in capsys.readouterr().out
+
+
+def test_nothing_to_resume_is_told_before_the_model_is_loaded(chat, fails, tmp_path):
+    assert "nothing to resume" in fails(*train(tmp_path / "no model", chat, tmp_path / "out", "--resume"))
+    message = fails(*train(tmp_path / "no model", chat, tmp_path / "out", "--resume", tmp_path / "nowhere"))
+    assert "nowhere must be a checkpoint to resume from" in message
+
+
+def test_skipped_steps_and_the_best_evaluation_are_told(checkpoint, chat, tmp_path, capsys):
+    respoil(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    assert main(list(map(str, train(checkpoint, chat, tmp_path / "a", "--set", "training.on_nonfinite='skip'")))) == 0
+    assert "2 of 2 steps were skipped, since loss or gradient was not finite: see the log" in capsys.readouterr().out
+
+
+def test_the_evaluation_that_is_told_is_the_best_ones(tiny_checkpoint, chat, tmp_path, capsys):
+    settings = ["training.load_best_model_at_end=true", "training.eval_steps=1", "training.learning_rate=5.0"]
+    argv = train(tiny_checkpoint, chat, tmp_path / "out", "--eval-data", chat, *(f"--set={setting}" for setting in settings))
+    assert main([*map(str, argv), "--set", "training.max_steps=4"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    best = min((line for line in lines if "eval_loss" in line), key=lambda line: line["eval_loss"])
+    assert best["step"] < 4
+    assert f"evaluation: loss {best['eval_loss']:.4f}" in (said := capsys.readouterr().out)
+    assert f"at step {best['step']}" in said
+
+
+def test_anomalies_are_told_in_one_line(checkpoint, chat, fails, tmp_path):
+    respoil(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.warns(UserWarning, match="Error detected in"):
+        message = fails(*train(checkpoint, chat, tmp_path / "out", "--detect-anomaly"))
+    assert "step 1: Function" in message
+    assert "returned nan values" in message
+
+
+# Wrong settings ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("setting", "fault"),
     [
         ("peft.rank=4", "peft.rank is unknown"),
         ("training.learning_rate=-1", "learning_rate must be positive"),
+        ("training.on_nonfinite='hope'", "on_nonfinite must be one of stop, skip, not 'hope'"),
+        ("training.early_stopping_patience=-1", "early_stopping_patience must be at least 0"),
+        ("training.metric_for_best_model='f1'", "metric_for_best_model must be 'eval_loss' or 'loss'"),
+        ("training.load_best_model_at_end=true", "need conversations to evaluate on, and eval_steps"),
         ('training.learning_rate="high"', "training.learning_rate must be float"),
         (
             'peft.target_modules=["query"]',

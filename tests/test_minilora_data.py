@@ -159,6 +159,15 @@ def test_seed_and_epoch_decide_the_order():
     assert order[:50] != list(range(50))
 
 
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 8), epoch=st.integers(0, 3), data=st.data())
+def test_batches_begin_where_they_are_asked_to(count, batch_size, epoch, data):
+    whole = -(-count // batch_size)
+    batch = data.draw(st.integers(0, whole - 1))
+    from_the_start = islice(shuffled_batches(examples_of(count), batch_size, 3), epoch * whole + batch, 5 * whole)
+    taken_up = shuffled_batches(examples_of(count), batch_size, 3, epoch, batch)
+    assert list(from_the_start) == list(islice(taken_up, (5 - epoch) * whole - batch))
+
+
 def test_the_order_neither_heeds_nor_moves_torchs_own_generator():
     torch.manual_seed(0)
     first, drawn = order_of(examples_of(9), 2, seed=1, epochs=1), torch.rand(3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.files import replaced_folder, write_file
+from minilora.files import remove_folder, remove_leftovers, replaced_folder, write_file
 
 
 def mode(path: Path) -> str:
@@ -164,3 +164,62 @@ def test_a_new_folder_has_the_usual_permissions(folder, usual_umask):
             (new / "c").write_text("later")
         assert mode(path) == "0o755"
         assert mode(path / "c") == "0o644"
+
+
+# remove_folder and remove_leftovers
+
+
+def test_a_folder_is_removed_and_nothing_else(folder):
+    (folder.parent / "out.txt").write_text("stays")
+    remove_folder(folder)
+    assert contents(folder.parent) == {"out.txt": b"stays"}
+    assert [path.name for path in folder.parent.iterdir()] == ["out.txt"]
+
+
+KILLED_WRITING = """
+import os, sys
+from pathlib import Path
+from minilora.files import remove_folder, replaced_folder, write_file
+
+do, target, last = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+sys.addaudithook(lambda event, _: os.kill(os.getpid(), 9) if event == last else None)
+if do == "write":
+    write_file(target, "later")
+elif do == "remove":
+    remove_folder(target)
+else:
+    with replaced_folder(target) as outer, replaced_folder(outer) as inner:
+        pass
+"""
+
+
+@pytest.mark.parametrize(("do", "last"), [("write", "os.rename"), ("remove", "os.rmdir"), ("replace", "os.rename")])
+def test_what_a_killed_process_leaves_is_removed(folder, do, last):
+    target = folder / "a" if do == "write" else folder
+    (folder.parent / "out.backup").mkdir()
+    (folder.parent / "out.backup" / "mine").write_text("stays")
+    ended = subprocess.run([sys.executable, "-c", KILLED_WRITING, do, str(target), last], check=False)
+    assert ended.returncode == -9
+    assert target.exists() == (do != "remove")
+    assert len(list(target.parent.glob(f"{target.name}.*"))) == (1 if do == "write" else 2)
+    remove_leftovers(target.parent, target.name[0] + "*")
+    left = {"out/a": b"earlier", "out/sub/b": b"earlier too"} if do != "remove" else {}
+    assert contents(folder.parent) == left | {"out.backup/mine": b"stays"}
+    assert len(list(folder.parent.iterdir())) == (1 if do == "remove" else 2)
+
+
+@pytest.mark.parametrize("write", ["file", "folder"])
+def test_what_is_renamed_was_on_the_disk_before_and_its_name_is_after(folder, monkeypatch, write):
+    """Of the calls only: what a machine that loses its power keeps cannot be tried here."""
+    calls, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}"))), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(f"→ {Path(new).name}"), replace(old, new)))
+    if write == "file":
+        write_file(folder / "a", "later")
+        assert calls == [f"a.{os.getpid()}.tmp", "→ a", "out"]
+        return
+    with replaced_folder(folder) as new:
+        (new / "c").write_text("later")
+    assert calls == ["c", "new", "→ old", "→ out", "parent"]

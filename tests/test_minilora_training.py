@@ -5,11 +5,10 @@ import re
 import pytest
 import torch
 import transformers
-from helpers import rms_error, tiny_config, tiny_model
+from helpers import examples, rms_error, tiny_config, tiny_model
 from torch import nn
 
 import minilora as lora
-from minilora.data import Example
 from minilora.training import accumulate_gradients, rate, total_steps
 
 
@@ -20,18 +19,6 @@ def adapted(**settings):
         model = lora.inject(tiny_model(tiny_config()), lora.LoraConfig(**{"r": 4, "lora_alpha": 8} | settings))
     lora.mark_only_lora_as_trainable(model)
     return model
-
-
-def examples(count=8) -> list[Example]:
-    """Of unlike lengths and with unlike numbers of targets."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for i in range(count):
-        length = 6 + 3 * (i % 5)
-        ids = torch.randint(256, (length,), generator=generator).tolist()
-        learnt = 1 + (7 * i) % (length - 1)
-        made.append(Example(ids, [False] * (length - learnt) + [True] * learnt))
-    return made
 
 
 def config(**settings) -> lora.TrainConfig:
@@ -303,11 +290,14 @@ def test_a_checkpoint_holds_the_weights_after_its_step(tmp_path):
     assert same(adapter(saved), adapter(part))
 
 
-def test_a_run_in_the_folder_of_an_earlier_one_keeps_its_own_checkpoints(tmp_path):
-    train(adapted(), output_dir=tmp_path, per_device_train_batch_size=1, save_steps=6, save_total_limit=1)
+def test_a_run_in_the_folder_of_an_unfinished_one_is_refused_before_training(tmp_path):
+    train(adapted(), output_dir=tmp_path, per_device_train_batch_size=1, save_steps=6)
+    model = adapted()
+    start = adapter(model)
+    with pytest.raises(FileExistsError, match="holds checkpoint-6 of an earlier run: resume it"):
+        train(model, output_dir=tmp_path, save_steps=2)
+    assert same(adapter(model), start)
     assert (tmp_path / "checkpoint-6").is_dir()
-    train(adapted(), output_dir=tmp_path, save_steps=2, save_total_limit=1)
-    assert (tmp_path / "checkpoint-2").is_dir()
 
 
 # What ends a run
