@@ -4,6 +4,7 @@ from minilora.phi3.config import Phi3Config
 from minilora.phi3.generation import Sampling, generate, generate_batch, stream
 from minilora.phi3.hub import CHECKPOINT_FILES, TEXT_FILES, fetch
 from minilora.phi3.model import Phi3ForCausalLM
+from minilora.phi3.quantization import dequantize, quantized_weights
 from minilora.phi3.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from minilora.phi3.weights import load, save
 
@@ -15,11 +16,13 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "copy_tokenizer",
+    "dequantize",
     "fetch",
     "generate",
     "generate_batch",
     "load",
     "load_tokenizer",
+    "quantized_weights",
     "save",
     "stream",
 ]
