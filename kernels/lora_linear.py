@@ -13,8 +13,9 @@ Everything is made of four steps, in PyTorch (lora_linear_torch) and in Triton (
     backward   T = f · dY B               dB = dYᵀ S                              sweep
                dX = dY W + keep ⊙ (T A)   dA = Tᵀ (keep ⊙ X)                      gemm, outer
 
-X and S are saved, and the seed of keep; no second activation of X's size, and no dense B A, ever exists.
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
+X and S are saved, and the seed of keep; no second activation of X's size, and no dense B A, ever exists. W may be a 4-bit
+NF4Tensor (nf4_tensor): gemm multiplies by what it dequantises to, and W has no gradient.
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3; Dettmers et al. 2023, "QLoRA", eq. 5.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from torch import Tensor
 from minilora.kernels import backend, lora_linear_torch
 from minilora.kernels.dropout import draw_seed, drop, kept_share
 from minilora.kernels.lora_linear_torch import Slices, per_slice  # ((start, stop), …) columns of Y, ascending, disjoint
+from minilora.kernels.nf4_tensor import NF4Tensor
 
 
 def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias=None, dropout=0.0, seed=None, slices=None) -> Tensor:
@@ -71,7 +73,7 @@ def backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, sl
     elif need_x or need_A:
         t = steps.down(dy, lora_B, slices, factor)
     if need_x:
-        gradients["x"] = steps.gemm(dy, weight.T, t, lora_A.T, whole, mask=mask)
+        gradients["x"] = steps.gemm(dy, weight.t(), t, lora_A.T, whole, mask=mask)
     if need_A:
         gradients["lora_A"] = steps.outer(x, t, lora_A.T, whole, mask).T
     if need_weight:
@@ -81,6 +83,11 @@ def backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, sl
     return [gradients[name] for name in ("x", "weight", "lora_A", "lora_B", "bias") if name in gradients]
 
 
+def _whole(weight: Tensor, parts: list[Tensor], N: int, x: Tensor) -> Tensor:
+    """The weight that an operation got as plain tensors: itself, or the codes and the other parts of a 4-bit one."""
+    return NF4Tensor(weight, *parts, (N, x.shape[1]), x.dtype) if parts else weight
+
+
 def _pairs(edges: list[int]) -> Slices:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
@@ -88,43 +95,46 @@ def _pairs(edges: list[int]) -> Slices:
 @torch.library.custom_op("minilora::lora_linear", mutates_args=())
 def _forward_op(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None,
-    scaling: float, dropout: float, edges: list[int],
+    scaling: float, dropout: float, edges: list[int], parts: list[Tensor], N: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         adapter = lora_A.contiguous(), lora_B.contiguous()
-        return forward(_steps(x), x, weight, *adapter, bias, seed, scaling, dropout, _pairs(edges))
+        return forward(_steps(x), x, _whole(weight, parts, N, x), *adapter, bias, seed, scaling, dropout, _pairs(edges))
 
 
 @_forward_op.register_fake
-def _(x, weight, lora_A, lora_B, bias, seed, scaling, dropout, edges):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+def _(x, weight, lora_A, lora_B, bias, seed, scaling, dropout, edges, parts, N):
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
 @torch.library.custom_op("minilora::lora_linear_backward", mutates_args=())
 def _backward_op(
     dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
-    scaling: float, dropout: float, edges: list[int], needed: list[bool],
+    scaling: float, dropout: float, edges: list[int], parts: list[Tensor], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         adapter = lora_A.contiguous(), lora_B.contiguous()
-        return backward(_steps(x), dy, x, s, weight, *adapter, seed, scaling, dropout, _pairs(edges), needed)
+        return backward(
+            _steps(x), dy, x, s, _whole(weight, parts, dy.shape[1], x), *adapter, seed, scaling, dropout, _pairs(edges), needed
+        )
 
 
 @_backward_op.register_fake
-def _(dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, edges, needed):
-    shapes = [(x, x.shape), (weight, weight.shape), (lora_A, lora_A.shape), (lora_B, lora_B.shape), (weight, weight.shape[:1])]
+def _(dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, edges, parts, needed):
+    shapes = [(x, x.shape), (weight, weight.shape), (lora_A, lora_A.shape), (lora_B, lora_B.shape), (x, dy.shape[1:])]
     return [like.new_empty(shape) for (like, shape), need in zip(shapes, needed, strict=True) if need]
 
 
 def _save(ctx, inputs, output):
-    x, weight, lora_A, lora_B, _, seed, *ctx.constants = inputs
-    ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
+    x, weight, lora_A, lora_B, _, seed, *ctx.constants, parts, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed, *parts)
 
 
 def _gradients(ctx, dy, _):
     needed = list(ctx.needs_input_grad[:5])  # x, weight, lora_A, lora_B, bias
-    found = iter(_backward_op(dy, *ctx.saved_tensors, *ctx.constants, needed))
-    return *(next(found) if need else None for need in needed), None, None, None, None
+    tensors, parts = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+    found = iter(_backward_op(dy, *tensors, *ctx.constants, parts, needed))
+    return *(next(found) if need else None for need in needed), *[None] * 4, [None] * len(parts), None
 
 
 def _refuse(ctx, *_):
@@ -135,12 +145,13 @@ _forward_op.register_autograd(_gradients, setup_context=_save)
 _backward_op.register_autograd(_refuse)
 
 
-def _autocast(x, weight, lora_A, lora_B, bias, *rest):
+def _autocast(x, weight, lora_A, lora_B, bias, seed, scaling, dropout, edges, parts, N):
     """Under autocast, x, weight and bias go to its dtype; the adapters stay as they are, and are rounded where they are used."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
+    weight, bias = weight if parts else weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _forward_op(x.to(dtype), weight.to(dtype), lora_A, lora_B, None if bias is None else bias.to(dtype), *rest)
+        return _forward_op(x.to(dtype), weight, lora_A, lora_B, bias, seed, scaling, dropout, edges, parts, N)
 
 
 _library = torch.library.Library("minilora", "FRAGMENT")
@@ -164,7 +175,7 @@ def lora_linear(
 
     Args:
         x: (..., K), float32, bfloat16 or float16 (float64 in plain PyTorch).
-        weight: (N, K), x's dtype.
+        weight: (N, K), x's dtype; plain, or an NF4Tensor, which has no gradient.
         lora_A: (G·R, K), any floating dtype; rounded to x's dtype for the product.
         lora_B: (width of all slices, R), likewise. Gradients come back in the adapter's own dtype.
         scaling: factor on the low-rank product, usually lora_alpha / R.
@@ -182,8 +193,10 @@ def lora_linear(
     _check(x, weight, lora_A, lora_B, bias, dropout, slices)
     seed = draw_seed(x.device) if dropout else None
     edges = list(itertools.chain.from_iterable(slices))
-    y, _ = _forward_op(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, bias, seed, scaling, dropout, edges)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    N = weight.shape[0]
+    weight, *parts = weight.parts if isinstance(weight, NF4Tensor) else [weight]
+    y, _ = _forward_op(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, bias, seed, scaling, dropout, edges, parts, N)
+    return y.view(*x.shape[:-1], N)
 
 
 def _check(x, weight, lora_A, lora_B, bias, dropout, slices):
@@ -200,6 +213,8 @@ def _check(x, weight, lora_A, lora_B, bias, dropout, slices):
     cast = torch.is_autocast_enabled(x.device.type)  # autocast makes the dtypes of x, weight and bias agree
     if x.dtype != weight.dtype and not cast:
         faults.append(f"x and weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x")
+    if isinstance(weight, NF4Tensor) and (weight.requires_grad or weight.transposed):
+        faults.append("a 4-bit weight must be frozen, requires_grad=False, and no transposed view")
     if bias is not None and bias.dtype != weight.dtype and not cast:
         faults.append(f"bias and weight must share a dtype, not {bias.dtype} and {weight.dtype}")
     if not (lora_A.is_floating_point() and lora_B.is_floating_point()):

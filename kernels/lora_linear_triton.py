@@ -21,6 +21,7 @@ from minilora.kernels import tiles
 from minilora.kernels.dropout import threshold
 from minilora.kernels.dropout_triton import keep_tile
 from minilora.kernels.lora_linear_torch import Slices
+from minilora.kernels.nf4_tensor import NF4Tensor
 
 
 @triton.jit
@@ -265,7 +266,9 @@ def down(P: Tensor, U: Tensor, slices: Slices, factor: float, mask: Mask = NO_MA
 
 
 def gemm(X: Tensor, W: Tensor, S: Tensor, U: Tensor, slices: Slices, bias: Tensor | None = None, mask: Mask = NO_MASK) -> Tensor:
-    """Y (M, N) in X's dtype."""
+    """Y (M, N) in X's dtype; a 4-bit W is dequantised for it."""
+    if isinstance(W, NF4Tensor):
+        W = W.dequantize()
     (M, K), N, R = X.shape, W.shape[0], U.shape[1]
     tile = tiles.for_gemm(arch(), X.element_size(), M, N, R, mask.threshold > 0, aligned(X) and aligned(W))
     Y = X.new_empty(M, N)

@@ -186,14 +186,14 @@ def op_arguments(dropout: float, requires_grad: bool = True) -> tuple:
     t = {name: tensor.detach().requires_grad_(requires_grad) for name, tensor in usual_case(torch.float32).tensors.items()}
     x = t["x"].detach().flatten(0, 1).requires_grad_(requires_grad)
     seed = torch.tensor(5) if dropout else None
-    return x, t["weight"], t["lora_A"], t["lora_B"], t["bias"], seed, 1.5, dropout, [0, 5, 7, 9]
+    return x, t["weight"], t["lora_A"], t["lora_B"], t["bias"], seed, 1.5, dropout, [0, 5, 7, 9], [], 11
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_it_is_a_torch_operation_in_order(dropout):
     torch.library.opcheck(torch.ops.minilora.lora_linear.default, op_arguments(dropout))
-    x, weight, lora_A, lora_B, _, *constants = op_arguments(dropout, requires_grad=False)
-    y, s = torch.ops.minilora.lora_linear(x, weight, lora_A, lora_B, None, *constants)
+    x, weight, lora_A, lora_B, _, *constants, N = op_arguments(dropout, requires_grad=False)
+    y, s = torch.ops.minilora.lora_linear(x, weight, lora_A, lora_B, None, *constants, N)
     for needed in [True] * 5, [False, False, True, True, False]:
         operation = torch.ops.minilora.lora_linear_backward.default
         torch.library.opcheck(operation, (y, x, s, weight, lora_A, lora_B, *constants, needed))
