@@ -60,12 +60,13 @@ class NF4Tensor(Tensor):
         """The tensors inside."""
         return [getattr(self, name) for name in PARTS]
 
-    def row_blocks(self, values: int):
-        """Yields (rows, their values (⋯, K) in dtype) for slices of rows of about so many values, all of the rows in order."""
+    def row_blocks(self, values: int, low: int = 0, high: int | None = None):
+        """Yields (rows, their values (⋯, K) in dtype) for slices of about so many values of the rows low..high, in order."""
         N, K = self.shape
         absmax, step = expand(*self.parts[1:]), max(1, values // K)
-        for start in range(0, N, step):
-            stop = min(start + step, N)
+        high = N if high is None else high
+        for start in range(low, high, step):
+            stop = min(start + step, high)
             first, end = start * K // BLOCK, -(-stop * K // BLOCK)  # the blocks that these rows have a part of
             n = min(end * BLOCK, N * K) - first * BLOCK
             flat = dequantize_blocks(self.codes[first * BLOCK // 2 : end * BLOCK // 2], absmax[first:end], n, self.dtype)

@@ -12,7 +12,8 @@ from typing import Literal, Union, get_args, get_origin
 
 Schedule = Literal["cosine", "linear"]
 Bias = Literal["none", "all", "lora_only"]
-STARTS = (True, "pissa", "olora")  # of lora_A and lora_B
+STARTS = (True, "pissa", "olora", "loftq")  # of lora_A and lora_B
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 
 
 def _at_least(least: float):
@@ -47,6 +48,10 @@ RULES = {
     "layers_pattern": (lambda value: _are_patterns(value or []), "must hold regular expressions"),
     "bias": (lambda value: value in get_args(Bias), f"must be one of {', '.join(get_args(Bias))}"),
     "init_lora_weights": (lambda value: value in STARTS, f"must be one of {', '.join(map(repr, STARTS))}"),
+    "loftq_config": (
+        lambda value: value.keys() <= LOFTQ.keys() and value.get("loftq_bits", 4) == 4 and value.get("loftq_iter", 1) >= 1,
+        "must hold loftq_bits = 4 and a loftq_iter of at least 1",
+    ),
     "rank_pattern": (
         lambda value: _are_patterns(value) and all(rank >= 1 for rank in value.values()),
         "must map regular expressions to ranks of at least 1",
@@ -142,7 +147,8 @@ class LoraConfig:
     use_dora: bool = False  # a trained length for each row of the adapted weight (Liu et al. 2024): minilora.dora
     rank_pattern: dict[str, int] = field(default_factory=dict)  # path or end of path → its own r
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own lora_alpha
-    init_lora_weights: bool | str = True  # lora_B starts at zero; or "pissa", "olora": minilora.offset
+    init_lora_weights: bool | str = True  # lora_B starts at zero; or "pissa", "olora": minilora.offset; "loftq": minilora.loftq
+    loftq_config: dict[str, int] = field(default_factory=dict)  # loftq_bits, which are 4, and loftq_iter: T there
     lora_bias: bool = False  # lora_B has a bias, trained too
     bias: Bias = "none"  # biases of the base model that are trained too
     modules_to_save: list[str] | None = None  # ends of paths: modules that are trained whole, and saved with the adapter
@@ -157,13 +163,15 @@ class LoraConfig:
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of settings that contradict one another: whether they do, and how it is said."""
         by_layer, starts_off = self.layers_to_transform not in (None, []), self.init_lora_weights is not True
+        subtracted = self.init_lora_weights in ("pissa", "olora")
         return [
             (by_layer and isinstance(self.target_modules, str), "layers_to_transform needs a list of target_modules, not a text"),
             (bool(self.layers_pattern) and not by_layer, "layers_pattern needs layers_to_transform"),
             (self.lora_bias and self.use_dora, "lora_bias and use_dora exclude one another"),
             (self.lora_bias and starts_off, "lora_bias needs init_lora_weights = True"),
             (self.use_dora and starts_off, "use_dora needs init_lora_weights = True"),
-            (starts_off and self.lora_dropout > 0, f"init_lora_weights = {self.init_lora_weights!r} needs lora_dropout = 0"),
+            (bool(self.loftq_config) and self.init_lora_weights != "loftq", 'loftq_config needs init_lora_weights = "loftq"'),
+            (subtracted and self.lora_dropout > 0, f"init_lora_weights = {self.init_lora_weights!r} needs lora_dropout = 0"),
         ]
 
     def rank(self, path: str) -> int:

@@ -6,11 +6,12 @@ from minilora.phi3.hub import CHECKPOINT_FILES, TEXT_FILES, fetch
 from minilora.phi3.model import Phi3ForCausalLM
 from minilora.phi3.quantization import dequantize, quantized_weights
 from minilora.phi3.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
-from minilora.phi3.weights import load, save
+from minilora.phi3.weights import Checkpoint, load, save
 
 __all__ = [
     "CHECKPOINT_FILES",
     "TEXT_FILES",
+    "Checkpoint",
     "Phi3Config",
     "Phi3ForCausalLM",
     "Sampling",

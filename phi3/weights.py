@@ -81,16 +81,19 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class Checkpoint:
-    """The safetensors files of a folder as one table of tensors, of which one at a time is in memory.
+    """The safetensors files of a checkpoint as one table of tensors, of which one at a time is in memory.
+
+    Args:
+        path, revision: as in load.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: they are truncated, pickled or outside the folder.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.home = folder, {}  # name → file
-        for file in _weight_files(folder):
+    def __init__(self, path: Path | str, revision: str | None = None):
+        self.folder, self.home = fetch(path, revision), {}  # name → file
+        for file in _weight_files(self.folder):
             with _open(file) as opened:
                 self.home |= dict.fromkeys(opened.keys(), file)
 
