@@ -21,7 +21,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "safetensors>=0.5", "tokenizers>=0.21", "numpy"],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "hypothesis", "ruff", "transformers", "peft", "loralib", "glassllm"],
+        "test": [*DEMO, "pytest", "hypothesis", "ruff", "transformers", "peft", "loralib", "bitsandbytes", "glassllm"],
     },
     entry_points={"console_scripts": ["minilora = minilora.cli:main"]},
 )

@@ -83,8 +83,8 @@ def backward(steps, dy, x, s, weight, lora_A, lora_B, seed, scaling, dropout, sl
     return [gradients[name] for name in ("x", "weight", "lora_A", "lora_B", "bias") if name in gradients]
 
 
-def _whole(weight: Tensor, parts: list[Tensor], N: int, x: Tensor) -> Tensor:
-    """The weight that an operation got as plain tensors: itself, or the codes and the other parts of a 4-bit one."""
+def _weight(weight: Tensor, parts: list[Tensor], N: int, x: Tensor) -> Tensor:
+    """The weight that an operation got as plain tensors: itself, or, of a 4-bit one, the codes and the other parts."""
     return NF4Tensor(weight, *parts, (N, x.shape[1]), x.dtype) if parts else weight
 
 
@@ -99,7 +99,8 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         adapter = lora_A.contiguous(), lora_B.contiguous()
-        return forward(_steps(x), x, _whole(weight, parts, N, x), *adapter, bias, seed, scaling, dropout, _pairs(edges))
+        weight = _weight(weight, parts, N, x)
+        return forward(_steps(x), x, weight, *adapter, bias, seed, scaling, dropout, _pairs(edges))
 
 
 @_forward_op.register_fake
@@ -114,9 +115,8 @@ def _backward_op(
 ) -> list[Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         adapter = lora_A.contiguous(), lora_B.contiguous()
-        return backward(
-            _steps(x), dy, x, s, _whole(weight, parts, dy.shape[1], x), *adapter, seed, scaling, dropout, _pairs(edges), needed
-        )
+        weight = _weight(weight, parts, dy.shape[1], x)
+        return backward(_steps(x), dy, x, s, weight, *adapter, seed, scaling, dropout, _pairs(edges), needed)
 
 
 @_backward_op.register_fake
@@ -132,8 +132,8 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, _):
     needed = list(ctx.needs_input_grad[:5])  # x, weight, lora_A, lora_B, bias
-    tensors, parts = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
-    found = iter(_backward_op(dy, *tensors, *ctx.constants, parts, needed))
+    x, s, weight, lora_A, lora_B, seed, *parts = ctx.saved_tensors
+    found = iter(_backward_op(dy, x, s, weight, lora_A, lora_B, seed, *ctx.constants, parts, needed))
     return *(next(found) if need else None for need in needed), *[None] * 4, [None] * len(parts), None
 
 

@@ -166,9 +166,7 @@ def _addmm(bias: Tensor | None, x: Tensor, weight: NF4Tensor) -> Tensor:
     if isinstance(x, NF4Tensor) or isinstance(bias, NF4Tensor) or not isinstance(weight, NF4Tensor):
         raise NotImplementedError("a 4-bit weight multiplies from the right only, x Wᵀ: dequantize() it first")
     if x.dtype != weight.dtype:
-        raise ValueError(
-            f"x and the 4-bit weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x, or weight.to(dtype)"
-        )
+        raise ValueError(f"x and the 4-bit weight must share a dtype, not {x.dtype} and {weight.dtype}: cast x")
     return _linear_op(x, weight.parts, list(weight.stored_shape), not weight.transposed, bias)
 
 
