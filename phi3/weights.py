@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minilora.kernels.nf4_state import STATE, SUFFIXES, from_bitsandbytes, to_bitsandbytes
 from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.phi3.config import Phi3Config
 from minilora.phi3.hub import fetch
 from minilora.phi3.model import Phi3ForCausalLM
-from minilora.phi3.quantization import PARTS, STATE, from_stored, make_config, quantized_weights, to_stored
+from minilora.phi3.quantization import make_config, quantized_weights
 from minilora.phi3.tokenizer import copy_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,8 +63,8 @@ def load(
     checkpoint = Checkpoint(folder)
     checkpoint.check({name: parameter.shape for name, parameter in model.named_parameters()})
     rounded = {f"{path}.weight" for path, layer in linear_layers(model).items() if layer is not model.lm_head or quantize_head}
-    for name, parameter in list(model.named_parameters()):
-        stored = weight = checkpoint.weight(name, parameter.shape)
+    for name in [name for name, _ in model.named_parameters()]:
+        stored = weight = checkpoint.weight(name)
         if quantize and name in rounded and not isinstance(stored, NF4Tensor):
             weight = NF4Tensor.quantize(stored.to(device))
         weight = weight.to(dtype=dtype, device=device, copy=weight is stored)  # what is stored lies in the file's pages
@@ -102,32 +101,44 @@ class Checkpoint:
         with _open(self.home[name]) as opened:  # anew for each, or the pages of the whole file stay in memory beside the model
             return opened.get_tensor(name)
 
-    def weight(self, name: str, shape: Iterable[int]) -> Tensor:
-        """A weight of a shape as stored, 4-bit or plain."""
-        return from_stored(name, shape, self.tensor) if name + STATE in self.home else self.tensor(name)
+    def weight(self, name: str) -> Tensor:
+        """As stored, plain or 4-bit."""
+        if not self.is_4_bit(name):
+            return self.tensor(name)
+        return from_bitsandbytes({part: self.tensor(part) for part in self.parts(name) if part in self.home}, name)
+
+    def is_4_bit(self, name: str) -> bool:
+        return f"{name}.{STATE}" in self.home
+
+    def parts(self, name: str) -> list[str]:
+        """The names of the tensors that a weight is stored as."""
+        return [name, *(f"{name}.{suffix}" for suffix in SUFFIXES if self.is_4_bit(name))]
 
     def check(self, expected: dict[str, torch.Size]) -> None:
         """Raises ValueError unless there are weights of these names and shapes, and no others."""
-        faults = [f"{name} is missing" for name in expected if name not in self.home]
-        known = {name + part for name in expected for part in (PARTS if name + STATE in self.home else ("",))}
+        known = {part for name in expected for part in self.parts(name)}
+        faults = [f"{name} is missing" for name in expected.keys() - self.home.keys()]
         faults += [f"{name} in {self.home[name].name} is not part of this model" for name in self.home.keys() - known]
-        with ExitStack() as stack:
-            files = {file: stack.enter_context(_open(file)) for file in {*self.home.values()}}
-            for name in expected.keys() & self.home.keys():
-                if name + STATE in self.home:
-                    continue
-                stored = files[self.home[name]].get_slice(name)
-                if stored.get_shape() != list(expected[name]):
-                    faults.append(f"{name} must have shape {list(expected[name])}, not {stored.get_shape()}")
-                if stored.get_dtype() not in FLOATING:
-                    faults.append(f"{name} must be one of {', '.join(sorted(FLOATING))}, not {stored.get_dtype()}")
-        for name in [name for name in expected if name + STATE in self.home]:
+        for name in expected.keys() & self.home.keys():
             try:
-                self.weight(name, expected[name])
+                shape, dtype = self._kind(name)
             except ValueError as error:
                 faults.append(str(error))
+                continue
+            if shape != list(expected[name]):
+                faults.append(f"{name} must have shape {list(expected[name])}, not {shape}")
+            if dtype not in FLOATING:
+                faults.append(f"{name} must be one of {', '.join(sorted(FLOATING))}, not {dtype}")
         if faults:
             raise ValueError(f"the weights in {self.folder} do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
+
+    def _kind(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype of a weight; a plain one is not read for them."""
+        if self.is_4_bit(name):
+            return list(self.weight(name).shape), "F32"  # any floating one: from_bitsandbytes has seen to it
+        with _open(self.home[name]) as opened:
+            stored = opened.get_slice(name)
+            return stored.get_shape(), stored.get_dtype()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -199,7 +210,7 @@ def save(
     state = model.state_dict()
     quantized, tensors = quantized_weights(model), {}
     for name in names:
-        tensors |= to_stored(name, state[name]) if name in quantized else {name: state[name]}
+        tensors |= to_bitsandbytes(state[name], name) if name in quantized else {name: state[name]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".", ignore_cleanup_errors=True) as beside:
         new = Path(beside) / folder.name
