@@ -5,6 +5,7 @@ Source: transformers 5.23, utils/quantization_config.py, BitsAndBytesConfig.
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +28,11 @@ def dequantize(model: nn.Module) -> None:
     for name, weight in quantized_weights(model).items():
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(weight.dequantize(), requires_grad=False))
+
+
+def is_4_bit(folder: Path) -> bool:
+    """Whether the config.json of a checkpoint says that its weights are; of one that Phi3Config.read takes."""
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
 
 
 def faults_of_config(raw: object) -> list[str]:
