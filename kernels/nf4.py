@@ -21,6 +21,7 @@ from torch import Tensor
 
 BLOCK = 64  # values that share a scale
 GROUP = 256  # scales that share one themselves
+CACHED = 2**18  # values dequantised at once: all that is read again stays in a core's cache
 LEAST = 1e-38  # a smaller scale is taken for this one: its reciprocal still is a float32
 GRID = 65535  # steps into which bitsandbytes rounds −1..1 before it looks for the nearest entry of DYNAMIC
 
@@ -67,15 +68,19 @@ def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes[::2] << 4 | codes[1::2], absmax
 
 
-def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """(n,) values: products in float32, rounded once to dtype."""
-    # A byte fetches both of its values as one int64: half as many fetches as values.
-    pairs = PAIRS.to(codes.device).view(torch.int64).flatten()
-    values = pairs.index_select(0, codes.int()).view(torch.float32)
-    whole = n // BLOCK
-    values[: whole * BLOCK].view(-1, BLOCK).mul_(absmax[:whole, None])
-    values[whole * BLOCK :].mul_(absmax[whole:])  # a short block, or nothing
-    return values[:n].to(dtype)
+def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """(n,) values: products in float32, rounded once to dtype; written to out (n,) where there is one."""
+    out = torch.empty(n, dtype=dtype, device=codes.device) if out is None else out
+    pairs = PAIRS.to(codes.device).view(torch.int64).flatten()  # a byte fetches both of its values as one int64
+    for start in range(0, n, CACHED):
+        stop = min(start + CACHED, n)
+        values = pairs.index_select(0, codes[start // 2 : (stop + 1) // 2].int()).view(torch.float32)[: stop - start]
+        scales, part = absmax[start // BLOCK : -(-stop // BLOCK)], out[start:stop]
+        whole = len(values) // BLOCK
+        edge = whole * BLOCK
+        torch.mul(values[:edge].view(-1, BLOCK), scales[:whole, None], out=part[:edge].view(-1, BLOCK))
+        torch.mul(values[edge:], scales[whole:], out=part[edge:])  # a short block, or nothing
+    return out
 
 
 def compress(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,15 +61,21 @@ class NF4Tensor(Tensor):
         return [getattr(self, name) for name in PARTS]
 
     def row_blocks(self, values: int, low: int = 0, high: int | None = None):
-        """Yields (rows, their values (⋯, K) in dtype) for slices of about so many values of the rows low..high, in order."""
+        """Yields (rows, their values (⋯, K) in dtype) for slices of about so many values of the rows low..high, in order.
+
+        The values lie in one buffer, and are overwritten by the next: a new one each time would be fetched from the system,
+        page by page, in up to the time that dequantising takes.
+        """
         N, K = self.shape
         absmax, step = expand(*self.parts[1:]), max(1, values // K)
         high = N if high is None else high
+        buffer = torch.empty(min(step, high - low) * K + 2 * BLOCK, dtype=self.dtype, device=self.device)
         for start in range(low, high, step):
             stop = min(start + step, high)
             first, end = start * K // BLOCK, -(-stop * K // BLOCK)  # the blocks that these rows have a part of
             n = min(end * BLOCK, N * K) - first * BLOCK
-            flat = dequantize_blocks(self.codes[first * BLOCK // 2 : end * BLOCK // 2], absmax[first:end], n, self.dtype)
+            codes = self.codes[first * BLOCK // 2 : end * BLOCK // 2]
+            flat = dequantize_blocks(codes, absmax[first:end], n, self.dtype, out=buffer[:n])
             yield slice(start, stop), flat[start * K - first * BLOCK :][: (stop - start) * K].view(-1, K)
 
     def dequantize(self) -> Tensor:

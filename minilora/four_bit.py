@@ -14,7 +14,10 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_blocks(matrix: Tensor, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-    """The rows start..stop of a matrix, a block at a time where they are 4-bit: (slice, counted from start; its rows)."""
+    """The rows start..stop of a matrix, a block at a time where they are 4-bit: (slice, counted from start; its rows).
+
+    The next block overwrites the one before it.
+    """
     if not isinstance(matrix, NF4Tensor):
         yield slice(0, stop - start), matrix[start:stop]
         return

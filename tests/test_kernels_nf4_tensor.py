@@ -55,7 +55,7 @@ def test_any_blocks_of_rows_are_those_of_the_flat_law(shape, dtype, values):
     assert (quantised.shape, quantised.dtype, quantised.device) == (weight.shape, weight.dtype, weight.device)
     assert torch.equal(quantised.dequantize(), expected)
     assert torch.equal(quantised.t().dequantize(), expected.T)
-    blocks = list(quantised.row_blocks(values))
+    blocks = [(rows, found.clone()) for rows, found in quantised.row_blocks(values)]
     assert torch.equal(torch.cat([rows for _, rows in blocks]), expected)
     assert all(torch.equal(expected[rows], found) for rows, found in blocks)
 
@@ -171,7 +171,7 @@ def test_no_tensor_of_the_weights_size_is_made(dtype):
     with LargestFloatTensor() as made:
         _, s = forward(lora_linear_torch, x, weight, A, B, None, *constants)
         backward(lora_linear_torch, dy, x, s, weight, A, B, *constants, [True, False, True, True, False])
-    assert 0 < made.numbers <= max(M * N, M * K, N * K // 64, K + 128)  # results, scales, a row and the blocks at its ends
+    assert 0 < made.numbers <= max(M * N, M * K, N * K // 64, K + 128)  # results, scales, a row and its blocks' ends
 
 
 def test_quantising_makes_little_beside_the_result(monkeypatch):
