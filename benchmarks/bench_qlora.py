@@ -92,7 +92,7 @@ def step_ours(model: phi3.Phi3ForCausalLM) -> dict:
 
 
 def load_theirs(folder: str, compute: str):
-    """The rest of the model in the dtype of the checkpoint, which is what from_pretrained is told in the cookbook."""
+    """The rest of the model in the dtype of the checkpoint."""
     import transformers
 
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
