@@ -60,10 +60,11 @@ def load(
         raise ValueError("quantize_head needs a head of its own, and this one is the embedding, which is looked up row by row")
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
-    checkpoint = Checkpoint(folder)
-    checkpoint.check({name: parameter.shape for name, parameter in model.named_parameters()})
-    rounded = {f"{path}.weight" for path, layer in linear_layers(model).items() if layer is not model.lm_head or quantize_head}
-    for name in [name for name, _ in model.named_parameters()]:
+    checkpoint, linear = Checkpoint(folder), linear_layers(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    checkpoint.check(shapes, may_be_4_bit={f"{path}.weight" for path in linear} & shapes.keys())
+    rounded = {f"{path}.weight" for path, layer in linear.items() if layer is not model.lm_head or quantize_head}
+    for name in shapes:
         stored = weight = checkpoint.weight(name)
         if quantize and name in rounded and not isinstance(stored, NF4Tensor):
             weight = NF4Tensor.quantize(stored.to(device))
@@ -114,7 +115,7 @@ class Checkpoint:
         """The names of the tensors that a weight is stored as."""
         return [name, *(f"{name}.{suffix}" for suffix in SUFFIXES if self.is_4_bit(name))]
 
-    def check(self, expected: dict[str, torch.Size]) -> None:
+    def check(self, expected: dict[str, torch.Size], may_be_4_bit: set[str]) -> None:
         """Raises ValueError unless there are weights of these names and shapes, and no others."""
         known = {part for name in expected for part in self.parts(name)}
         faults = [f"{name} is missing" for name in expected.keys() - self.home.keys()]
@@ -125,6 +126,8 @@ class Checkpoint:
             except ValueError as error:
                 faults.append(str(error))
                 continue
+            if self.is_4_bit(name) and name not in may_be_4_bit:
+                faults.append(f"{name} is 4-bit, which only the weights of linear layers may be")
             if shape != list(expected[name]):
                 faults.append(f"{name} must have shape {list(expected[name])}, not {shape}")
             if dtype not in FLOATING:

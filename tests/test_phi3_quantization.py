@@ -10,7 +10,7 @@ from helpers import load_in_transformers, rms_error, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from minilora import phi3
-from minilora.kernels.nf4_state import STATE
+from minilora.kernels.nf4_state import STATE, to_bitsandbytes
 from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.phi3.cache import KVCache
 from minilora.phi3.quantization import CONFIG, dequantize, quantized_weights
@@ -200,6 +200,9 @@ BROKEN = {
     r"the codes must be torch\.uint8 \(2048, 1\) for 4096 numbers": lambda tensors: tensors.update({NAME: tensors[NAME][:10]}),
     r"quant_map must be the table of NF4": lambda tensors: tensors[f"{NAME}.quant_map"].neg_(),
     r"is no JSON": lambda tensors: tensors[f"{NAME}.{STATE}"].fill_(7),
+    r"embed_tokens\.weight is 4-bit, which only the weights of linear layers may be": lambda tensors: tensors.update(
+        to_bitsandbytes(NF4Tensor.quantize(torch.randn(260, 64)), "model.embed_tokens.weight")
+    ),
     r"absmaximum in model\.safetensors is not part of this model": lambda tensors: tensors.update(
         {f"{NAME}.absmaximum": torch.zeros(1)}
     ),
