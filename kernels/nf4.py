@@ -96,4 +96,4 @@ def compress(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def expand(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """(b,) float32 scales from what compress gives."""
-    return DYNAMIC.to(codes.device)[codes.int()] * nested.repeat_interleave(GROUP)[: len(codes)] + offset
+    return DYNAMIC.to(codes.device).index_select(0, codes.int()) * nested.repeat_interleave(GROUP)[: len(codes)] + offset

@@ -131,7 +131,11 @@ def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def block_values(M: int) -> int:
-    """Weights that are dequantised at once for M rows of x."""
+    """Weights dequantised at once for M rows of x.
+
+    On one core a product of 512 rows, 3072 to 9216, took 1.08 × the float32 one by 2²¹, and 1.13 × by 2²⁰; of 64 rows
+    1.12 × by 2²¹, and 1.06 × by 2¹⁹.
+    """
     return 2**21 if M > 256 else 2**19
 
 
