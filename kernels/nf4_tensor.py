@@ -51,8 +51,12 @@ class NF4Tensor(Tensor):
         """
         if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
             raise ValueError(f"a 4-bit weight stands for a floating (N, K) matrix, not {weight.dtype} {tuple(weight.shape)}")
-        pieces = [quantize_blocks(chunk) for chunk in weight.detach().reshape(-1).split(CHUNK)]
-        codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        values = weight.detach().reshape(-1)
+        codes = torch.empty(-(-len(values) // 2), dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty(-(-len(values) // BLOCK), device=weight.device)
+        for start in range(0, len(values), CHUNK):  # into place: pieces that outlive a chunk's scratch would hold its pages too
+            piece, scales = quantize_blocks(values[start : start + CHUNK])
+            codes[start // 2 :][: len(piece)], absmax[start // BLOCK :][: len(scales)] = piece, scales
         return cls(codes, *compress(absmax), weight.shape, weight.dtype)
 
     @property
