@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minilora.four_bit import dense
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -31,7 +32,7 @@ def start_by_loftq(layers: dict[str, Linear], original: Callable[[str], Tensor],
     Raises:
         ValueError: an original has another shape than the weight, or is another one; layers before it are changed.
     """
-    for path, layer in layers.items():
+    for path, layer in tqdm(layers.items(), desc="loftq", unit="layer", leave=False):  # 10 s of a core at 3072 × 3072
         weight = original(f"{path}.weight")
         if weight.shape != layer.weight.shape or not weight.is_floating_point():
             wanted = f"floating {tuple(layer.weight.shape)}"
