@@ -85,7 +85,7 @@ def run(measure: str, folder: str) -> None:
     model = phi3.load(folder)
     seconds_load = round(time.perf_counter() - started, 2)
     found = {"load": load, "generate": generate, "train": train}[measure](model)
-    print(json.dumps({"seconds_load": seconds_load} | found | {"peak_memory_bytes": _peak_memory()}))
+    print(json.dumps({"seconds_load": seconds_load} | found | {"peak_memory_bytes": protocol.memory("VmHWM")}))
 
 
 def load(model: phi3.Phi3ForCausalLM) -> dict:
@@ -113,9 +113,3 @@ def train(model: phi3.Phi3ForCausalLM) -> dict:
 
 def _random_ids(config: phi3.Phi3Config) -> list[int]:
     return torch.randint(3, config.vocab_size // 2, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-def _peak_memory() -> int:
-    """The most memory that this process had at once, in bytes, pages of mapped files included."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

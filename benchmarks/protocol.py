@@ -38,6 +38,12 @@ def write(name: str, rows: list[dict]) -> None:
     print(f"wrote {path}")
 
 
+def memory(field: str) -> int:
+    """Bytes of this process, pages of mapped files included: "VmRSS" now, "VmHWM" the most at once so far."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def run_tests(*files: str) -> str:
     """Runs the tests in files, by their paths from the root; their results as JUnit XML."""
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from minilora.kernels.nf4 import BLOCK, DYNAMIC, GROUP, LEVELS
 from minilora.kernels.nf4_tensor import NF4Tensor
 
 STATE = "quant_state.bitsandbytes__nf4"
+SUFFIXES = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", STATE)  # of NAME.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST = 4096  # bytes of JSON; bitsandbytes writes about 200
 FIXED = {"quant_type": "nf4", "blocksize": BLOCK, "nested_blocksize": GROUP, "nested_dtype": "float32"}
@@ -55,8 +56,7 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
         ValueError: a tensor is missing, or is not what a weight in NF4 with blocks of 64 and double quantisation has; all
             faults at once.
     """
-    suffixes = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", STATE)
-    names = [name, *(f"{name}.{suffix}" for suffix in suffixes)]
+    names = [name, *(f"{name}.{suffix}" for suffix in SUFFIXES)]
     faults = [f"{missing} is missing" for missing in names if missing not in tensors]
     if not faults:
         codes, absmax, nested, levels, dynamic, packed = (tensors[each] for each in names)

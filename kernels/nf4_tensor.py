@@ -51,8 +51,12 @@ class NF4Tensor(Tensor):
         """
         if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
             raise ValueError(f"a 4-bit weight stands for a floating (N, K) matrix, not {weight.dtype} {tuple(weight.shape)}")
-        pieces = [quantize_blocks(chunk) for chunk in weight.detach().reshape(-1).split(CHUNK)]
-        codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        values = weight.detach().reshape(-1)
+        codes = torch.empty(-(-len(values) // 2), dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty(-(-len(values) // BLOCK), device=weight.device)
+        for start in range(0, len(values), CHUNK):  # into place: pieces that outlive a chunk's scratch would hold its pages too
+            piece, scales = quantize_blocks(values[start : start + CHUNK])
+            codes[start // 2 :][: len(piece)], absmax[start // BLOCK :][: len(scales)] = piece, scales
         return cls(codes, *compress(absmax), weight.shape, weight.dtype)
 
     @property
@@ -60,17 +64,18 @@ class NF4Tensor(Tensor):
         """The tensors inside."""
         return [getattr(self, name) for name in PARTS]
 
-    def row_blocks(self, values: int):
-        """Yields (rows, their values (⋯, K) in dtype) for slices of rows of about so many values, all of the rows in order.
+    def row_blocks(self, values: int, low: int = 0, high: int | None = None):
+        """Yields (rows, their values (⋯, K) in dtype) for slices of about so many values of the rows low..high, in order.
 
         The values lie in one buffer, and are overwritten by the next: a new one each time would be fetched from the system,
         page by page, in up to the time that dequantising takes.
         """
         N, K = self.shape
         absmax, step = expand(*self.parts[1:]), max(1, values // K)
-        buffer = torch.empty(min(step, N) * K + 2 * BLOCK, dtype=self.dtype, device=self.device)
-        for start in range(0, N, step):
-            stop = min(start + step, N)
+        high = N if high is None else high
+        buffer = torch.empty(min(step, high - low) * K + 2 * BLOCK, dtype=self.dtype, device=self.device)
+        for start in range(low, high, step):
+            stop = min(start + step, high)
             first, end = start * K // BLOCK, -(-stop * K // BLOCK)  # the blocks that these rows have a part of
             n = min(end * BLOCK, N * K) - first * BLOCK
             codes = self.codes[first * BLOCK // 2 : end * BLOCK // 2]

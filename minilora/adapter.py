@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minilora.config import LoraConfig, scaling
 from minilora.files import replaced_folder
 from minilora.injection import find_targets, make_adapter, saved_modules
+from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.layers import adapted_layers
 from minilora.offset import STARTS, as_saved
 from minilora.peft_config import CONFIG, PeftConfig, make_peft_config, read_peft_config
@@ -52,7 +53,8 @@ def save_adapter(model: nn.Module, path: Path | str, base: str | None = None) ->
     sliced = hasattr(model, "lora_config") and any(map(by_slices, layers.values()))
     # One key only: safetensors writes several in an order of chance, and the same adapter shall be the same file.
     metadata = {OURS: json.dumps(asdict(as_saved(config) if config.init_lora_weights in STARTS else config))}
-    write_adapter(path, make_peft_config(model, layers, base), tensors, metadata if sliced else {"format": "pt"})
+    ours_alone = sliced or config.init_lora_weights == "loftq"  # which PEFT would start anew, and so must not read
+    write_adapter(path, make_peft_config(model, layers, base), tensors, metadata if ours_alone else {"format": "pt"})
 
 
 def write_adapter(path: Path | str, config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -223,7 +225,8 @@ def _wrong_values(expected: dict[str, torch.Size], frozen: dict[str, Tensor], te
             faults.append(f"{name} holds NaN or infinity")
     for name in frozen.keys() & tensors.keys():
         weight = frozen[name]
-        if not weight.is_meta and not torch.equal(tensors[name].to(weight), weight):
+        rounded = weight.is_meta or isinstance(weight, NF4Tensor)  # to nothing, or to 4 bits
+        if not rounded and not torch.equal(tensors[name].to(weight), weight):
             faults.append(f"the adapter was trained with another {name.replace('.base_layer', '')} than the model's")
     return faults
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minilora.kernels.lora_linear import Slices
 from minilora.layers import Linear, MergedLinear
 from minilora.offset import OffsetLinear
-from minilora.switching import BASE, adapters_of, placed
+from minilora.switching import BASE, adapters_of, moved, placed
 
 MIXABLE = (Linear, MergedLinear, OffsetLinear)  # what they add is their factors() and no more
 
@@ -104,7 +104,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[nn.M
         layers = [(rows[name], adapter.layers[path]) for name, adapter in named.items() if path in adapter.layers]
         if layers:
             device = module.weight.device
-            layers = [(torch.tensor(indices, device=device), layer.to(device)) for indices, layer in layers]
+            layers = [(torch.tensor(indices, device=device), moved(layer, device)) for indices, layer in layers]
             mixed[path] = MixedLinear(module, layers, len(adapter_names))
     with placed(model, mixed):
         yield model

@@ -32,7 +32,7 @@ by training.seed. The loss is on the assistant's turns only, their end tokens in
 
 TRAIN_HELP = """Fine-tunes a LoRA adapter on conversations.
 
-Settings come from a TOML file whose two tables hold the keys of the Phi-3 cookbook's two dictionaries, and from --set.
+Settings come from a TOML file whose tables hold the keys of the Phi-3 cookbook's dictionaries, and from --set.
 An example (the defaults are at the end):
 
   [training]                             [peft]
@@ -42,8 +42,8 @@ An example (the defaults are at the end):
   gradient_accumulation_steps = 1        target_modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
   lr_scheduler_type = "cosine"
   warmup_ratio = 0.1                     also q_proj, k_proj, v_proj, gate_proj, up_proj: slices of the fused layers
-  max_seq_length = 2048
-  bf16 = true
+  max_seq_length = 2048                  [quantization]
+  bf16 = true                            load_in_4bit = true     as --quantize nf4: a 4-bit base, "QLoRA"
 """
 
 TRAIN_EPILOG = (
@@ -59,6 +59,16 @@ Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):
 """
 )
 
+MERGE_HELP = """Adds an adapter to its base model, and saves the result as a plain checkpoint in the base's dtype.
+
+An adapter that was trained beside a 4-bit base can be merged into either of two:
+
+  --model MODEL                    the weights of MODEL as they are: the original base
+  --model MODEL --quantize nf4     those weights rounded to 4 bits and dequantised, which the adapter was trained beside
+
+With --quantize the command tells how far each of the two comes out from the unmerged 4-bit model.
+"""
+
 EXPORT_HELP = """Makes an adapter over for another reader, without the base model; every layer's ΔW stays the same.
 
   peft   as PEFT itself would write it, without what is minilora's own
@@ -69,7 +79,7 @@ EXPORT_HELP = """Makes an adapter over for another reader, without the base mode
 
 def _defaults() -> str:
     tables = (("training", TrainConfig), ("peft", LoraConfig))
-    values = [("training", name, getattr(RunConfig(), name)) for name in RUN_KEYS]
+    values = [(table, name, getattr(RunConfig(), name)) for table, names in RUN_KEYS.items() for name in names]
     values += [(table, field.name, getattr(config(), field.name)) for table, config in tables for field in fields(config)]
     return "\n".join(f"  {table}.{name} = {value!r}" for table, name, value in values)
 
@@ -92,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", metavar="MODEL", help="a Phi-3 checkpoint, folder or id, instead of the embedded SmolLM2 weights"
     )
     _revision(demo)
+    _quantize(demo)
     demo.add_argument(
         "--max-steps", type=int, default=-1, metavar="N", help="train for fewer steps (the tests before and after stay)"
     )
@@ -140,8 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
     _model(chat, adapter=True)
     _sampling(chat)
 
-    merge = command("merge", "add an adapter to its base model, and save the result as a plain checkpoint in the base's dtype")
+    merge = command(
+        "merge", "add an adapter to its base model, and save the result as a plain checkpoint in the base's dtype", MERGE_HELP
+    )
     _checkpoint(merge)
+    _quantize(merge)
     merge.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
     merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the merged model")
     merge.add_argument(
@@ -184,8 +198,14 @@ def _revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of an id on the hub (its main branch)")
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    what = "round the weights of the layers to 4 bits as they are loaded: NF4 with double quantisation, the base of QLoRA"
+    parser.add_argument("--quantize", choices=["nf4"], help=what)
+
+
 def _model(parser: argparse.ArgumentParser, adapter: bool = False) -> None:
     _checkpoint(parser)
+    _quantize(parser)
     if adapter:
         parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to load into it")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes CUDA where there is one (%(default)s)")
@@ -207,7 +227,9 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with the tables [training] and [peft]")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file with the tables [training], [peft] and [quantization]"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting over the file's, peft.r=16 say"
     )

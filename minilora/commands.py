@@ -37,7 +37,7 @@ PROBE = "The key is under the mat, and the tea is ready in three minutes."  # wh
 def demo(args: Namespace) -> None:
     from minilora.demo import run  # its extra packages are needed by no other command
 
-    run(args.output, args.model and _checkpoint(args, phi3.CHECKPOINT_FILES), args.max_steps)
+    run(args.output, args.model and _checkpoint(args, phi3.CHECKPOINT_FILES), args.max_steps, args.quantize)
 
 
 def train(args: Namespace) -> None:
@@ -47,6 +47,8 @@ def train(args: Namespace) -> None:
     checkpoint = find_resumed(args.resume, output) if args.resume else None
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
+    if run.load_in_4bit:
+        args.quantize = "nf4"
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
     conversations, held_out = gather(args.data, run.training.seed, args.eval_share)
     dataset = prepare(conversations, tokenizer, run, args.drop_long)
@@ -59,15 +61,18 @@ def train(args: Namespace) -> None:
         print(f"{count_shared(held_out, conversations)} of them are trained on too")
     model = _load(args, bf16=run.bf16)
     torch.manual_seed(run.training.seed)  # lora_A starts at random
-    lora.inject(model, run.peft, None if args.adapter_dtype == "model" else torch.float32)
+    dtype = None if args.adapter_dtype == "model" else torch.float32
+    original = phi3.Checkpoint(args.model, args.revision).tensor if run.peft.init_lora_weights == "loftq" else None
+    lora.inject(model, run.peft, dtype, original=original)
     lora.mark_only_lora_as_trainable(model)
     print(describe_adapter(model, run.peft))
     if checkpoint:
         print(f"resumed from {checkpoint}")
     else:
-        for earlier in find_checkpoints(output):  # of a run that overwrite_output_dir gives up
+        for earlier in filter(Path.exists, (*find_checkpoints(output), output / "base")):  # which overwrite_output_dir gives up
             remove_folder(earlier)
-    result = lora.train(model, dataset, training, eval_dataset, output, base=args.model, resume=checkpoint or False)
+    base = _base_of(args, model, output)
+    result = lora.train(model, dataset, training, eval_dataset, output, base=base, resume=checkpoint or False)
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
     print(f"{result.tokens} tokens in {result.seconds:.0f} s; loss {losses}")
@@ -95,6 +100,18 @@ def _output_of_training(args: Namespace, run: RunConfig) -> Path:
             "--set training.overwrite_output_dir=true"
         )
     return output
+
+
+def _base_of(args: Namespace, model: phi3.Phi3ForCausalLM, output: Path) -> str:
+    """The base that the adapter belongs to; one that LoftQ changed is saved, since no other has its weights."""
+    if model.lora_config.loftq_config.get("loftq_iter", 1) == 1:
+        return args.model
+    base = output / "base"
+    if not base.exists():  # it does where the run is resumed
+        with lora.disable_adapter(model):
+            phi3.save(model, base, tokenizer_from=phi3.fetch(args.model, args.revision, phi3.TEXT_FILES))
+        print(f"LoftQ changed the 4-bit base, which the adapter needs: wrote {base}")
+    return str(base)
 
 
 def eval(args: Namespace) -> None:
@@ -196,25 +213,44 @@ def merge(args: Namespace) -> None:
         raise FileExistsError(f"{args.output} must be new or empty: choose another --output")
     folder = _checkpoint(args, phi3.CHECKPOINT_FILES)
     ids = torch.tensor([phi3.load_tokenizer(folder).encode(PROBE)])
-    model = phi3.load(folder)
+    elsewhere = _merged_into_original(folder, args.adapter, ids) if args.quantize else None
+    model = phi3.load(folder, quantize=args.quantize)
+    quantized = len(phi3.quantized_weights(model))
     with torch.no_grad():
         base = model(ids)
         unmerged = lora.load_adapter(model, args.adapter)(ids)
         if args.untie:
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         lora.merge(model)
+        phi3.dequantize(model)
         merged = model(ids)
     rounding = torch.finfo(model.lm_head.weight.dtype).eps / 2
+    if quantized:
+        print(f"merged into the dequantised values of {quantized} 4-bit weights, which the adapter was trained beside")
     print(
         f"merged in float32, each weight rounded once to {_dtype_of(model)} (by at most {rounding:.1e} of it)\n"
         f"logits of {ids.numel()} tokens, merged against unmerged: off by {_difference(merged, unmerged):.1e} of their RMS, "
         f"where the adapter itself moves them by {_difference(unmerged, base):.1e}"
     )
+    if elsewhere is not None:
+        print(f"merged into the original weights instead (without --quantize): off by {_difference(elsewhere, unmerged):.1e}")
+    elif quantized:
+        print("to merge into the original weights instead, name their checkpoint with --model")
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         model.config = replace(model.config, tie_word_embeddings=False)
         print("head and embedding are apart now, and are saved so")
     phi3.save(model, args.output, tokenizer_from=folder)
     print(f"wrote {args.output}: a plain checkpoint, weights in {_dtype_of(model)}; {folder} still holds the base, unchanged")
+
+
+def _merged_into_original(folder: Path, adapter: Path, ids: Tensor) -> Tensor | None:
+    """Logits of the adapter merged into the checkpoint's own weights; None where those are 4-bit, or it started by LoftQ."""
+    model = phi3.load(folder)
+    if phi3.quantized_weights(model) or read_adapter_config(adapter).init_lora_weights == "loftq":
+        return None
+    with torch.no_grad():
+        lora.merge(lora.load_adapter(model, adapter))
+        return model(ids)
 
 
 def _difference(logits: Tensor, reference: Tensor) -> float:
@@ -251,6 +287,8 @@ def _tell_adapter(args: Namespace, found: Inspection) -> None:
     )
     if found.stored.lora.ensure_weight_tying:
         print("what is tied shares one adapter, which the file holds for each")
+    if found.config.init_lora_weights == "loftq":
+        print("it started by LoftQ, and belongs to the 4-bit base: --quantize nf4")
     if found.stored.lora.init_lora_weights is not True:
         print(f"its base lacks the start by {found.stored.lora.init_lora_weights}, which loading finds again and subtracts")
     width = max(map(len, updates), default=0)
@@ -281,6 +319,8 @@ def _tell_checkpoint(args: Namespace, folder: Path) -> None:
     config = model.config
     head = "head tied to the embedding" if config.tie_word_embeddings else "head of its own"
     print(f"{args.model}: Phi-3 with {count_parameters(model)[1]:,} parameters, {head}")
+    if phi3.is_4_bit(folder):
+        print("  its weights are 4-bit (NF4, double quantisation): quantization_config in config.json")
     print(f"  {config.num_hidden_layers} layers, hidden size {config.hidden_size}, MLP {config.intermediate_size}")
     print(f"  {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} of keys and values")
     window = config.sliding_window or "none"
@@ -293,7 +333,12 @@ def _tell_checkpoint(args: Namespace, folder: Path) -> None:
 
 
 def load_model(
-    path: Path | str, device: str = "auto", dtype: str = "auto", bf16: bool | None = None, revision: str | None = None
+    path: Path | str,
+    device: str = "auto",
+    dtype: str = "auto",
+    bf16: bool | None = None,
+    revision: str | None = None,
+    quantize: str | None = None,
 ) -> phi3.Phi3ForCausalLM:
     """Loads a checkpoint where and as the command line says, and prints both."""
     if device == "auto":
@@ -307,11 +352,26 @@ def load_model(
         dtype = "bfloat16" if bf16 else "float32"
     elif bf16 is not None and (dtype == "bfloat16") != bf16:
         raise ValueError(f"--dtype {dtype} and bf16 = {str(bf16).lower()} in [training] contradict one another")
-    model = phi3.load(path, getattr(torch, dtype), device, revision)
+    model = phi3.load(path, getattr(torch, dtype), device, revision, quantize)
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
     print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}")
+    if phi3.quantized_weights(model):
+        print(describe_base(model))
     print(f"kernels: {backend.describe(torch.device(device), getattr(torch, dtype))}")
     return model
+
+
+def describe_base(model: phi3.Phi3ForCausalLM) -> str:
+    """What of a 4-bit base is 4-bit, in one line."""
+    weights = phi3.quantized_weights(model)
+    if not weights:
+        return f"{_dtype_of(model)} weights"
+    layers = ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
+    count, size = sum(weight.numel() for weight in weights.values()), sum(p.nbytes for w in weights.values() for p in w.parts)
+    return (
+        f"4-bit base (NF4, double quantisation): {count:,} of the parameters, in {len(weights)} weights ({layers}), take "
+        f"{size:,} bytes; products in {_dtype_of(model)}"
+    )
 
 
 def _fetch(args: Namespace, files: Iterable[str]) -> Path:
@@ -335,7 +395,7 @@ def _checkpoint(args: Namespace, files: Iterable[str] = phi3.TEXT_FILES) -> Path
 
 
 def _load(args: Namespace, bf16: bool | None = None) -> phi3.Phi3ForCausalLM:
-    model = load_model(args.model, args.device, args.dtype, bf16, args.revision)
+    model = load_model(args.model, args.device, args.dtype, bf16, args.revision, args.quantize)
     if getattr(args, "adapter", None):
         lora.load_adapter(model, args.adapter)
         print(f"adapter {args.adapter}: {_settings(model.lora_config)}")

@@ -11,9 +11,11 @@ from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 Schedule = Literal["cosine", "linear"]
+Compute = Literal["bfloat16", "float32"]
 Bias = Literal["none", "all", "lora_only"]
 NonFinite = Literal["stop", "skip"]
-STARTS = (True, "pissa", "olora")  # of lora_A and lora_B
+STARTS = (True, "pissa", "olora", "loftq")  # of lora_A and lora_B
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 
 
 def _at_least(least: float):
@@ -48,6 +50,10 @@ RULES = {
     "layers_pattern": (lambda value: _are_patterns(value or []), "must hold regular expressions"),
     "bias": (lambda value: value in get_args(Bias), f"must be one of {', '.join(get_args(Bias))}"),
     "init_lora_weights": (lambda value: value in STARTS, f"must be one of {', '.join(map(repr, STARTS))}"),
+    "loftq_config": (
+        lambda value: value.keys() <= LOFTQ.keys() and value.get("loftq_bits", 4) == 4 and value.get("loftq_iter", 1) >= 1,
+        "must hold loftq_bits = 4 and a loftq_iter of at least 1",
+    ),
     "rank_pattern": (
         lambda value: _are_patterns(value) and all(rank >= 1 for rank in value.values()),
         "must map regular expressions to ranks of at least 1",
@@ -57,6 +63,10 @@ RULES = {
         "must map regular expressions to finite numbers",
     ),
     "lr_scheduler_type": (lambda value: value in get_args(Schedule), f"must be one of {', '.join(get_args(Schedule))}"),
+    "bnb_4bit_compute_dtype": (
+        lambda value: value is None or value in get_args(Compute),
+        f"must be one of {', '.join(get_args(Compute))}",
+    ),
     "learning_rate": (lambda value: 0 < value < math.inf, "must be positive"),
     "loraplus_lr_ratio": (lambda value: 0 < value < math.inf, "must be positive"),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
@@ -145,7 +155,8 @@ class LoraConfig:
     use_dora: bool = False  # a trained length for each row of the adapted weight (Liu et al. 2024): minilora.dora
     rank_pattern: dict[str, int] = field(default_factory=dict)  # path or end of path → its own r
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own lora_alpha
-    init_lora_weights: bool | str = True  # lora_B starts at zero; or "pissa", "olora": minilora.offset
+    init_lora_weights: bool | str = True  # lora_B starts at zero; or "pissa", "olora": minilora.offset; "loftq": minilora.loftq
+    loftq_config: dict[str, int] = field(default_factory=dict)  # loftq_bits, which are 4, and loftq_iter: T there
     lora_bias: bool = False  # lora_B has a bias, trained too
     bias: Bias = "none"  # biases of the base model that are trained too
     modules_to_save: list[str] | None = None  # ends of paths: modules that are trained whole, and saved with the adapter
@@ -161,13 +172,15 @@ class LoraConfig:
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Pairs of settings that contradict one another: whether they do, and how it is said."""
         by_layer, starts_off = self.layers_to_transform not in (None, []), self.init_lora_weights is not True
+        subtracted = self.init_lora_weights in ("pissa", "olora")
         return [
             (by_layer and isinstance(self.target_modules, str), "layers_to_transform needs a list of target_modules, not a text"),
             (bool(self.layers_pattern) and not by_layer, "layers_pattern needs layers_to_transform"),
             (self.lora_bias and self.use_dora, "lora_bias and use_dora exclude one another"),
             (self.lora_bias and starts_off, "lora_bias needs init_lora_weights = True"),
             (self.use_dora and starts_off, "use_dora needs init_lora_weights = True"),
-            (starts_off and self.lora_dropout > 0, f"init_lora_weights = {self.init_lora_weights!r} needs lora_dropout = 0"),
+            (bool(self.loftq_config) and self.init_lora_weights != "loftq", 'loftq_config needs init_lora_weights = "loftq"'),
+            (subtracted and self.lora_dropout > 0, f"init_lora_weights = {self.init_lora_weights!r} needs lora_dropout = 0"),
         ]
 
     def rank(self, path: str) -> int:
@@ -229,11 +242,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run of the command line: the Phi-3 cookbook's two dictionaries, and what belongs to neither library call."""
+    """A run of the command line: the Phi-3 cookbook's dictionaries, and what belongs to no library call."""
 
     training: TrainConfig = field(default_factory=TrainConfig)
     peft: LoraConfig = field(default_factory=LoraConfig)
     bf16: bool | None = None  # weights in bfloat16; None: on CUDA yes, elsewhere no
+    load_in_4bit: bool = False  # the base's projections become 4-bit NF4 weights: "QLoRA"
+    bnb_4bit_compute_dtype: Compute | None = None  # the same as bf16, in the words of transformers' BitsAndBytesConfig
     assistant_only_loss: bool = True  # the loss is on the assistant's turns; otherwise on every token
     output_dir: str | None = None
     overwrite_output_dir: bool = False
@@ -241,9 +256,22 @@ class RunConfig:
 
     def __post_init__(self):
         _check(self)
+        compute = self.bnb_4bit_compute_dtype
+        if compute and not self.load_in_4bit:
+            raise BrokenSettings(["bnb_4bit_compute_dtype needs load_in_4bit = true"])
+        if compute and self.bf16 is None:
+            object.__setattr__(self, "bf16", compute == "bfloat16")
+        elif compute and self.bf16 != (compute == "bfloat16"):
+            raise BrokenSettings(
+                [f"bf16 = {str(self.bf16).lower()} and bnb_4bit_compute_dtype = {compute!r} contradict one another"]
+            )
 
 
-RUN_KEYS = ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir")  # of RunConfig, in the table [training]
+# Keys of RunConfig, by the table that holds them.
+RUN_KEYS = {
+    "training": ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir"),
+    "quantization": ("load_in_4bit", "bnb_4bit_compute_dtype"),
+}
 # Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.
 DECIDED = {
     "training": {
@@ -252,11 +280,13 @@ DECIDED = {
         "greater_is_better": (False,),
     },
     "peft": {"task_type": ("CAUSAL_LM",)},
+    "quantization": {"bnb_4bit_quant_type": ("nf4",), "bnb_4bit_use_double_quant": (True,)},
 }  # fmt: skip
 
 
 def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a TOML file with the tables [training] and [peft], which hold the cookbook's training_config and peft_config.
+    """Reads a TOML file with the tables [training] and [peft], which hold the cookbook's training_config and peft_config, and
+    [quantization], which holds the arguments of transformers' BitsAndBytesConfig.
 
     Args:
         path: the file; everything at its default when None.
@@ -268,13 +298,14 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
     """
     layers = [_tables(path, Path(path).read_bytes())] if path else []
     layers += [_tables(f"--set {override}", override.encode()) for override in overrides]
-    faults, given, without_effect = [], {"training": {}, "peft": {}}, []
+    faults, given, without_effect = [], {"training": {}, "peft": {}, "quantization": {}}, []
     for table, values in (entry for layer in layers for entry in layer.items()):
         if table in given and isinstance(values, dict):
             given[table] |= values
         else:
-            faults.append(f"{table} is unknown: the tables are [training] and [peft]")
-    keys = {"training": [*_names(TrainConfig), *RUN_KEYS], "peft": _names(LoraConfig)}
+            faults.append(f"{table} is unknown: the tables are [training], [peft] and [quantization]")
+    keys = {"training": _names(TrainConfig), "peft": _names(LoraConfig), "quantization": []}
+    keys = {table: [*names, *RUN_KEYS.get(table, ())] for table, names in keys.items()}
     for table, key in [(name, key) for name, values in given.items() for key in values]:
         if key in DECIDED[table]:
             allowed, value = DECIDED[table][key], given[table].pop(key)
@@ -284,18 +315,23 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
         elif key not in keys[table]:
             del given[table][key]
             faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted([*keys[table], *DECIDED[table]]))}")
-    run = {key: given["training"].pop(key) for key in RUN_KEYS if key in given["training"]}
+    run = {key: given[table].pop(key) for table, own in RUN_KEYS.items() for key in own if key in given[table]}
     parts = {"training": (TrainConfig, given["training"]), "peft": (LoraConfig, given["peft"]), "run": (RunConfig, run)}
     made = {}
     for table, (cls, values) in parts.items():
         try:
             made[table] = cls(**values)
         except BrokenSettings as error:
-            faults += [f"{'training' if table == 'run' else table}.{fault}" for fault in error.faults]
+            faults += [f"{_table_of(fault) if table == 'run' else table}.{fault}" for fault in error.faults]
     if faults:
         raise ValueError(f"{path or 'the settings'}:\n  " + "\n  ".join(faults))
     settings = {"training": made["training"], "peft": made["peft"], "without_effect": sorted(without_effect)}
     return dataclasses.replace(made["run"], **settings)
+
+
+def _table_of(fault: str) -> str:
+    """The table of the key of RunConfig that a fault begins with."""
+    return next(table for table, keys in RUN_KEYS.items() if fault.split()[0] in keys)
 
 
 def _names(config: type) -> list[str]:

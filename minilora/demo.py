@@ -13,7 +13,7 @@ from tqdm import tqdm
 import minilora as lora
 from minilora import demo_task, demo_weights, phi3
 from minilora.checkpoint import find_checkpoints
-from minilora.commands import describe_adapter, load_model
+from minilora.commands import describe_adapter, describe_base, load_model
 from minilora.data import Example
 from minilora.files import remove_folder, write_file
 from minilora.report import Answers, Report, write_report
@@ -38,14 +38,14 @@ class Exam:
     probes: list[str]
 
 
-def run(output: Path, model_path: Path | None = None, max_steps: int = -1) -> dict:
+def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quantize: str | None = None) -> dict:
     """Runs the demo and writes adapter/, data/, log.jsonl, summary.json, report.html and loss.png; returns the summary."""
     started = time.perf_counter()
     config = lora.TrainConfig(**TRAINING, max_steps=max_steps)
     folder = model_path or demo_weights.obtain()
     name = str(model_path or "SmolLM2-135M-Instruct (Apache-2.0), re-expressed in the Phi-3 layout")
     print(f"model: {name}")
-    model, tokenizer, task = load_model(folder), phi3.load_tokenizer(folder), demo_task.make_task()
+    model, tokenizer, task = load_model(folder, quantize=quantize), phi3.load_tokenizer(folder), demo_task.make_task()
     dataset, unseen = make_datasets(model, tokenizer, task, output / "data")
 
     heading("before")
@@ -63,7 +63,9 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1) -> di
     after = examine(model, tokenizer, task, unseen)
     tell(after, task)
     heading("the saved adapter, loaded into a fresh base")
-    try_saved(model, folder, output / "adapter", tokenizer, task, before, after)
+    weight = model.lm_head.weight
+    fresh = phi3.load(folder, weight.dtype, weight.device, quantize=quantize)
+    try_saved(fresh, output / "adapter", tokenizer, task, before, after)
 
     summary = {
         "eval_loss_before": before.loss,
@@ -80,10 +82,11 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1) -> di
     }
     write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     log = [{"step": 0, "eval_loss": before.loss}, *result.log, {"step": result.steps, "eval_loss": after.loss}]
-    settings = {"model": name, "dtype": model.lm_head.weight.dtype, "device": model.lm_head.weight.device}
+    settings = {"model": name, "base": describe_base(model), "device": weight.device}
     write_report(make_report(summary, task, before, after, log, settings | asdict(LORA) | asdict(config)), output)
     print(f"\nexact answers on unseen sentences: {summary['exact_before']:.0%} → {summary['exact_after']:.0%}")
-    print(f"try it: minilora generate --model {folder} --adapter {output / 'adapter'} \\")
+    four_bit = f"--quantize {quantize} " if quantize else ""
+    print(f"try it: minilora generate --model {folder} {four_bit}--adapter {output / 'adapter'} \\")
     print(f'  --system "{demo_task.SYSTEM}" --prompt "make the attic 19 degrees"')
     print(f"wrote adapter/, data/, log.jsonl, summary.json, loss.png and report.html into {output}")
     return summary
@@ -158,10 +161,9 @@ def tell(exam: Exam, task: demo_task.Task) -> None:
     print(f"  {demo_task.PROBES[0]}\n    {exam.probes[0]}")
 
 
-def try_saved(model, folder: Path, adapter: Path, tokenizer, task: demo_task.Task, before: Exam, after: Exam) -> None:
-    """Off, on, and merged into the weights: the fresh model must answer as the trained one did before, after, and after."""
-    weight = model.lm_head.weight
-    fresh, pairs = phi3.load(folder, weight.dtype, weight.device), task.unseen[:BATCH]
+def try_saved(fresh, adapter: Path, tokenizer, task: demo_task.Task, before: Exam, after: Exam) -> None:
+    """Off, on, and merged into the weights: the fresh base must answer as the trained one did before, after, and after."""
+    pairs = task.unseen[:BATCH]
     off = obey(fresh, tokenizer, pairs)
     lora.load_adapter(fresh, adapter)
     on = obey(fresh, tokenizer, pairs)

@@ -2,7 +2,8 @@
 
     y = m ⊙ (W + s B A) x / ‖W + s B A‖ + bias        norm of each row, (N,); m starts at ‖W‖
 
-The norm is a constant to the gradient (§4.3 there, as in PEFT), and comes without a dense W + s B A, from products of rank r:
+The norm is a constant to the gradient (§4.3 there, as in PEFT), and comes without a dense W + s B A, from products of rank r
+(by blocks of rows, where W is 4-bit):
 
     ‖W_i + s B_i A‖² = ‖W_i‖² + 2 s B_i · (W_i Aᵀ) + s² B_i (A Aᵀ) B_iᵀ
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.four_bit import dense, row_blocks, row_lengths
 from minilora.kernels.lora_linear import lora_linear
 from minilora.layers import MergedLinear, spread
 
@@ -44,11 +46,11 @@ class DoraLinear(MergedLinear):
         dtype, s, squares = torch.promote_types(self.lora_A.dtype, torch.float32), self.scaling, []
         A, B = self.lora_A.chunk(len(self.slices)), self.lora_B.split([stop - start for start, stop in self.slices])
         for (start, stop), A_g, B_g in zip(self.slices, A, B, strict=True):
-            W_g = self.matrix[start:stop]
-            products = (W_g @ A_g.to(W_g.dtype).T).to(dtype)  # (width, r)
-            A_g, B_g = A_g.to(dtype), B_g.to(dtype)
-            square = torch.linalg.vector_norm(W_g, dim=1, dtype=dtype).square()
-            squares.append(square + (B_g * (2 * s * products + s * s * (B_g @ (A_g @ A_g.T)))).sum(dim=1))
+            gram = A_g.to(dtype) @ A_g.to(dtype).T  # (r, r)
+            for rows, W_i in row_blocks(self.matrix, start, stop):
+                products, B_i = (W_i @ A_g.to(W_i.dtype).T).to(dtype), B_g[rows].to(dtype)  # (rows, r) both
+                square = torch.linalg.vector_norm(W_i, dim=1, dtype=dtype).square()
+                squares.append(square + (B_i * (2 * s * products + s * s * (B_i @ gram))).sum(dim=1))
         # A row of zeros, as padded vocabularies have, stays one: 0 / tiny, where 0 / 0 would be NaN.
         return torch.cat(squares).clamp_min(torch.finfo(dtype).tiny).sqrt()
 
@@ -59,8 +61,7 @@ class DoraLinear(MergedLinear):
     def magnitudes(self) -> Tensor:
         """m of every row of the weight; outside the slices the row's own length, which changes nothing."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(self.matrix.detach(), dim=1, dtype=dtype)
-        return spread(self.lora_magnitude_vector.detach(), self.slices, lengths)
+        return spread(self.lora_magnitude_vector.detach(), self.slices, row_lengths(self.matrix.detach(), dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -75,6 +76,7 @@ class DoraLinear(MergedLinear):
         return y.to(turned.dtype)  # rounded once: gains near 1 need more digits than bfloat16 has
 
     def delta(self) -> Tensor:
-        rows = torch.cat([self.matrix[start:stop] for start, stop in self.slices])
         change = super().delta()
-        return self.gains()[:, None] * (rows.to(change.dtype) + change) - rows.to(change.dtype)
+        matrix = dense(self.matrix, change.dtype)
+        rows = torch.cat([matrix[start:stop] for start, stop in self.slices])
+        return self.gains()[:, None] * (rows + change) - rows

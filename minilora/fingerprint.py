@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.config import TrainConfig
 from minilora.data import Example
+from minilora.kernels.nf4_tensor import NF4Tensor
 
 HARMLESS = {"logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly"}  # of TrainConfig
 ELEMENTS = 1024  # of each frozen tensor that are read
@@ -55,6 +56,8 @@ def _kind(tensor: Tensor) -> str:
 
 def _of_frozen(tensor: Tensor) -> str:
     """Dtype, shape and a hash of elements spread evenly over the tensor: gigabytes are told apart by megabytes."""
+    if isinstance(tensor, NF4Tensor):
+        return " ".join(map(_of_frozen, tensor.parts))
     flat = tensor.detach().flatten()
     step = max(1, len(flat) // ELEMENTS) | 1  # odd, so that it does not stay in one column of a matrix as wide as a power of two
     return f"{_kind(tensor)} {hashlib.sha256(_bytes(flat[::step])).hexdigest()[:16]}"

@@ -5,20 +5,23 @@ and v_proj); each of those names is a target too, and gives its own rows an adap
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minilora.config import LoraConfig
+from minilora.config import LOFTQ, LoraConfig
 from minilora.convolution import Conv1d, Conv2d, Conv3d
 from minilora.dora import DoraLinear
 from minilora.embedding import Embedding
 from minilora.kernels.lora_linear import Slices
+from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.layers import Linear, LoRALayer, MergedLinear, adapted_layers, enabled_slices
+from minilora.loftq import start_by_loftq
 from minilora.lora_bias import BiasedLinear
 from minilora.matching import hits, meant, saved_whole
-from minilora.offset import OffsetLinear
+from minilora.offset import STARTS, OffsetLinear
 from minilora.switching import Adapter, adapters_of, add_adapter, place, placed
 from minilora.tying import faults_of_tying, followers, with_shared_adapters
 
@@ -48,7 +51,7 @@ class Target:
             return DoraLinear.around(self.module, dtype, device, **self._splits(), **settings)
         if config.lora_bias:
             return BiasedLinear.around(self.module, dtype, device, **self._splits(), **settings)
-        if config.init_lora_weights is not True:
+        if config.init_lora_weights in STARTS:
             settings["start"] = config.init_lora_weights
             return OffsetLinear.around(self.module, dtype, device, **self._splits(), **settings)
         if self.enabled:
@@ -82,7 +85,11 @@ def as_linear(module: nn.Module) -> nn.Module:
 
 
 def inject(
-    model: nn.Module, config: LoraConfig, dtype: torch.dtype | None = torch.float32, adapter_name: str = "default"
+    model: nn.Module,
+    config: LoraConfig,
+    dtype: torch.dtype | None = torch.float32,
+    adapter_name: str = "default",
+    original: Callable[[str], Tensor] | None = None,
 ) -> nn.Module:
     """Replaces every linear layer, embedding and convolution that config.target_modules names by one with an adapter, in place.
 
@@ -94,6 +101,7 @@ def inject(
 
     Args:
         dtype: of the adapters; each weight's own when None. float32 keeps small updates that bfloat16 would round away.
+        original: for init_lora_weights = "loftq": gives the weight of a name as it was before it became 4-bit.
 
     Returns:
         The model.
@@ -105,8 +113,23 @@ def inject(
     """
     if adapted_layers(model) and not adapters_of(model).named:
         raise ValueError("this model is made with adapters already: inject takes one of plain layers")
-    add_adapter(model, adapter_name, make_adapter(model, config, dtype))
+    adapter = make_adapter(model, config, dtype)
+    if config.init_lora_weights == "loftq":
+        iterations = (LOFTQ | config.loftq_config)["loftq_iter"]
+        _check_loftq(model, original, iterations)
+        start_by_loftq(adapter.layers, original, iterations)
+    add_adapter(model, adapter_name, adapter)
     return model
+
+
+def _check_loftq(model: nn.Module, original: Callable | None, iterations: int) -> None:
+    if original is None:
+        raise ValueError(
+            'init_lora_weights = "loftq" needs the weights as they were before: inject(…, original=…), a function of their names '
+            "(phi3.Checkpoint(path).tensor)"
+        )
+    if iterations > 1 and adapters_of(model).named:
+        raise ValueError("a loftq_iter above 1 changes the 4-bit weights, which the model's other adapters were made for")
 
 
 def make_adapter(model: nn.Module, config: LoraConfig, dtype: torch.dtype | None) -> Adapter:
@@ -209,6 +232,11 @@ def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target
     named = set().union(*(saved_whole(path, config) for path, _ in model.named_modules(remove_duplicate=False)))
     unmatched = sorted(set(config.modules_to_save or []) - named)
     faults = [f"modules_to_save {unmatched} match no module"] if unmatched else []
+    faults += [
+        f"modules_to_save: {path} has 4-bit weights, which cannot be trained"
+        for path, module in saved_modules(model, config).items()
+        if any(isinstance(parameter, NF4Tensor) for parameter in module.parameters())
+    ]
     start = config.init_lora_weights
     if config.use_dora or config.lora_bias or start is not True:
         others = [target.path for target in targets if not isinstance(target.module, nn.Linear)]
@@ -219,7 +247,25 @@ def _faults_of_others(model: nn.Module, config: LoraConfig, targets: list[Target
             most = min(target.module.in_features, *(stop - start for start, stop in target.slices))
             if target.r > most:
                 faults.append(f"{target.path} starts by {start} and must have r of at most {most}, not {target.r}")
+        faults += _unfit_for_start(start, targets)
     return faults
+
+
+def _unfit_for_start(start: str, targets: list[Target]) -> list[str]:
+    """LoftQ starts at what a 4-bit weight lost; PiSSA and OLoRA at the weight itself, which a 4-bit one is no more."""
+    rounded = {target.path for target in targets if isinstance(target.module.weight, NF4Tensor)}
+    others = [target.path for target in targets if target.path not in rounded]
+    if start == "loftq" and others:
+        return [
+            f'init_lora_weights = "loftq" is for 4-bit weights, which {", ".join(others)} have not: load the model with '
+            'quantize="nf4"'
+        ]
+    if start in STARTS and rounded:
+        return [
+            f'init_lora_weights = "{start}" starts from the weight itself, and {", ".join(sorted(rounded))} hold what is left '
+            'of it in 4 bits: load the model in 16 bits, or start by "loftq"'
+        ]
+    return []
 
 
 def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:

@@ -1,8 +1,12 @@
-"""Adapters into the weights and out again: W + scaling · B A, found in float32 and rounded once to the weight's dtype."""
+"""Adapters into the weights and out again: W + scaling · B A, found in float32 and rounded once to the weight's dtype.
+
+A 4-bit weight becomes a plain one of the dtype that it stands for, since rounding the sum to 4 bits would lose most of B A.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from minilora.four_bit import dense
 from minilora.layers import LoRALayer, adapted_layers
 from minilora.lora_bias import BiasedLinear
 
@@ -22,7 +26,8 @@ def _layers(model: nn.Module, merged: bool) -> dict[str, LoRALayer]:
 def merge(model: nn.Module) -> None:
     """Adds every adapter to its layer's weight, so that the layer costs no more than a plain one.
 
-    The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory.
+    The base weights are kept aside, on the same device, for unmerge: adapted layers take twice their memory. Over 4-bit weights
+    the result is the dequantised base with the adapter, which is what the adapter was trained beside.
 
     A weight that several modules share (tied embedding and head) stays one parameter. It is merged where all of those modules
     carry the same ΔW, as those do that share one adapter (minilora.tying); where they do not, no single weight computes what the
@@ -51,13 +56,22 @@ def merge(model: nn.Module) -> None:
     for layer in layers.values():
         layer.register_buffer("base_weight", layer.weight.data, persistent=False)  # a buffer, so that it moves with the model
     for layer in layers.values():
-        layer.weight.data, layer.merged = weights[layer.weight], True
+        _put(layer, weights[layer.weight])
+        layer.merged = True
+
+
+def _put(layer: LoRALayer, weight: Tensor) -> None:
+    """Into the layer's parameter, which other modules may share; in place of it where the one is 4-bit and the other is not."""
+    if type(layer.weight.data) is type(weight):
+        layer.weight.data = weight
+    else:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _sum(layer: LoRALayer) -> Tensor:
     """The merged weight before it is rounded."""
     delta = layer.delta()
-    weight = layer.weight.to(torch.promote_types(layer.weight.dtype, delta.dtype), copy=True)
+    weight = dense(layer.weight, torch.promote_types(layer.weight.dtype, delta.dtype))
     rows = weight.T if layer.fan_in_fan_out else weight
     for (start, stop), part in zip(layer.slices, delta.split([stop - start for start, stop in layer.slices]), strict=True):
         rows[start:stop] += part
@@ -91,5 +105,6 @@ def unmerge(model: nn.Module) -> None:
         ValueError: there is no adapter, or one is not merged.
     """
     for layer in _layers(model, merged=True).values():
-        layer.weight.data, layer.merged = layer.base_weight, False
+        _put(layer, layer.base_weight)
+        layer.merged = False
         del layer.base_weight

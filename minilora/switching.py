@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from minilora.config import LoraConfig
@@ -141,7 +142,14 @@ def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
                     for name, _ in list(original.named_parameters(recurse=False)):
                         setattr(target, name, getattr(source, name))
             device = next((parameter.device for parameter in present.parameters()), None)
-            model.set_submodule(path, module.train(present.training).to(device))
+            model.set_submodule(path, moved(module.train(present.training), device))
+
+
+def moved(module: nn.Module, device: torch.device | None) -> nn.Module:
+    """The module with all its parameters on a device; one that is there already is not touched, since torch cannot move 4-bit
+    weights that a graph of autograd holds, not even to where they are."""
+    there = all(parameter.device == device for parameter in module.parameters())
+    return module if there else module.to(device)
 
 
 def check_unmerged(model: nn.Module) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from minilora.phi3.quantization import faults_of_config
+
 # Fields that this decoder computes in one way only: any other value is another model.
 FIXED = {
     "hidden_act": ("silu",),
@@ -24,9 +26,9 @@ FIXED = {
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "quantization_config": (None,),
     "layer_types": (None,),
 }
+QUANTIZATION = "quantization_config"  # says how weights are stored, and nothing about what the decoder computes
 # Fields that change nothing of what the decoder computes.
 WITHOUT_EFFECT = {
     "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "initializer_range", "label2id",
@@ -157,10 +159,11 @@ class Phi3Config:
             raise ValueError(f'{path}: model_type must be "phi3", not {model_type!r}: {why}')
         known = {field.name for field in dataclasses.fields(cls)} - {"longrope"}
         rope, faults = _rope_fields(raw)
+        faults += faults_of_config(raw.get(QUANTIZATION))
         for name, value in raw.items():
             if name in FIXED and value not in FIXED[name]:
                 faults.append(f"{name} must be {' or '.join(map(repr, FIXED[name]))}, not {value!r}")
-            elif not (name in known or name in FIXED or name in WITHOUT_EFFECT or name.startswith("_")):
+            elif not (name in known or name in {*FIXED, *WITHOUT_EFFECT, QUANTIZATION} or name.startswith("_")):
                 faults.append(f"{name} is unknown, and may change what the model computes")
         if faults:
             raise ValueError(f"{path} asks for what this decoder does not do: " + "; ".join(faults))
@@ -169,15 +172,22 @@ class Phi3Config:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def write(self, path: Path | str, dtype: str) -> None:
-        """Writes config.json as transformers reads it; dtype names the weights' type, "bfloat16" say."""
-        fixed = {name: values[0] for name, values in FIXED.items() if name not in ("layer_types", "quantization_config")}
+    def write(self, path: Path | str, dtype: str, quantization: dict | None = None) -> None:
+        """Writes config.json as transformers reads it.
+
+        Args:
+            dtype: names the weights' type, "bfloat16" say.
+            quantization: quantization_config, where some are 4-bit.
+        """
+        fixed = {name: values[0] for name, values in FIXED.items() if name != "layer_types"}
         raw = dataclasses.asdict(self) | fixed
         rope = {name: value for name, value in (raw.pop("longrope") or {}).items() if value is not None}
         raw |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "torch_dtype": dtype}
         raw["rope_scaling"] = {"type": "longrope"} | rope if rope else None
         if self.original_max_position_embeddings is None:
             raw["original_max_position_embeddings"] = self.max_position_embeddings
+        if quantization:
+            raw[QUANTIZATION] = quantization
         Path(path).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

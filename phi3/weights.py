@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minilora.kernels.nf4_state import STATE, SUFFIXES, from_bitsandbytes, to_bitsandbytes
+from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.phi3.config import Phi3Config
 from minilora.phi3.hub import fetch
 from minilora.phi3.model import Phi3ForCausalLM
+from minilora.phi3.quantization import make_config, quantized_weights
 from minilora.phi3.tokenizer import copy_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,38 +29,119 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    quantize: Literal["nf4"] | None = None,
+    quantize_head: bool = False,
 ) -> Phi3ForCausalLM:
     """Builds the decoder that config.json describes and streams its weights into place, in eval mode.
 
-    Files are memory-mapped; peak memory is the model plus one tensor.
+    Files are memory-mapped; peak memory is the model plus one tensor. With quantize the weights of the layers' projections
+    become 4-bit as they stream in (kernels.nf4_tensor), found from what is stored, whatever the dtype; embedding, norms and head
+    stay as they are. A checkpoint that is 4-bit already, as save and transformers write it, is read bit for bit.
 
     Args:
         path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json; or the id of such a
             repository on the hub (see hub.fetch, whose errors are raised too).
-        dtype: of the loaded weights; each tensor's own when None.
+        dtype: of the loaded weights, and so of all products, those with 4-bit weights too; each tensor's own when None.
         device: where they go.
         revision: branch, tag or commit of a repository on the hub.
+        quantize: "nf4" for 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, "QLoRA").
+        quantize_head: quantises the head too.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
-        ValueError: config or weights do not fit; every missing, extra, misshapen or mistyped tensor is named.
+        ValueError: config or weights do not fit (every missing, extra, misshapen or mistyped tensor is named), or quantize is
+            neither "nf4" nor None, or the head to quantise is the embedding.
     """
+    if quantize not in (None, "nf4") or (quantize_head and not quantize):
+        raise ValueError(f'quantize must be "nf4" or None, and "nf4" with quantize_head, not {quantize!r}')
     folder = fetch(path, revision)
     config = Phi3Config.read(folder / "config.json")
+    if quantize_head and config.tie_word_embeddings:
+        raise ValueError("quantize_head needs a head of its own, and this one is the embedding, which is looked up row by row")
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
-    with ExitStack() as stack:
-        files = {file: stack.enter_context(_open(file)) for file in _weight_files(folder)}
-        home = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118 (safe_open is no dict)
-        _check(model, files, home, folder)
-    for name in [name for name, _ in model.named_parameters()]:
-        with _open(home[name]) as opened:  # anew for each, or the pages of the whole file stay in memory beside the model
-            stored = opened.get_tensor(name)
-            weight = torch.empty(stored.shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
+    checkpoint, linear = Checkpoint(folder), linear_layers(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    checkpoint.check(shapes, may_be_4_bit={f"{path}.weight" for path in linear} & shapes.keys())
+    rounded = {f"{path}.weight" for path, layer in linear.items() if layer is not model.lm_head or quantize_head}
+    for name in shapes:
+        stored = weight = checkpoint.weight(name)
+        if quantize and name in rounded and not isinstance(stored, NF4Tensor):
+            weight = NF4Tensor.quantize(stored.to(device))
+        weight = weight.to(dtype=dtype, device=device, copy=weight is stored)  # what is stored lies in the file's pages
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=not isinstance(weight, NF4Tensor)))
     model.tie_weights()
     return model.eval()
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a model by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint as one table of tensors, of which one at a time is in memory.
+
+    Args:
+        path, revision: as in load.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are truncated, pickled or outside the folder.
+    """
+
+    def __init__(self, path: Path | str, revision: str | None = None):
+        self.folder, self.home = fetch(path, revision), {}  # name → file
+        for file in _weight_files(self.folder):
+            with _open(file) as opened:
+                self.home |= dict.fromkeys(opened.keys(), file)
+
+    def tensor(self, name: str) -> Tensor:
+        """As stored; a KeyError where there is none."""
+        with _open(self.home[name]) as opened:  # anew for each, or the pages of the whole file stay in memory beside the model
+            return opened.get_tensor(name)
+
+    def weight(self, name: str) -> Tensor:
+        """As stored, plain or 4-bit."""
+        if not self.is_4_bit(name):
+            return self.tensor(name)
+        return from_bitsandbytes({part: self.tensor(part) for part in self.parts(name) if part in self.home}, name)
+
+    def is_4_bit(self, name: str) -> bool:
+        return f"{name}.{STATE}" in self.home
+
+    def parts(self, name: str) -> list[str]:
+        """The names of the tensors that a weight is stored as."""
+        return [name, *(f"{name}.{suffix}" for suffix in SUFFIXES if self.is_4_bit(name))]
+
+    def check(self, expected: dict[str, torch.Size], may_be_4_bit: set[str]) -> None:
+        """Raises ValueError unless there are weights of these names and shapes, and no others."""
+        known = {part for name in expected for part in self.parts(name)}
+        faults = [f"{name} is missing" for name in expected.keys() - self.home.keys()]
+        faults += [f"{name} in {self.home[name].name} is not part of this model" for name in self.home.keys() - known]
+        for name in expected.keys() & self.home.keys():
+            try:
+                shape, dtype = self._kind(name)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            if self.is_4_bit(name) and name not in may_be_4_bit:
+                faults.append(f"{name} is 4-bit, which only the weights of linear layers may be")
+            if shape != list(expected[name]):
+                faults.append(f"{name} must have shape {list(expected[name])}, not {shape}")
+            if dtype not in FLOATING:
+                faults.append(f"{name} must be one of {', '.join(sorted(FLOATING))}, not {dtype}")
+        if faults:
+            raise ValueError(f"the weights in {self.folder} do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
+
+    def _kind(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype of a weight; a plain one is not read for them."""
+        if self.is_4_bit(name):
+            return list(self.weight(name).shape), "F32"  # any floating one: from_bitsandbytes has seen to it
+        with _open(self.home[name]) as opened:
+            stored = opened.get_slice(name)
+            return stored.get_shape(), stored.get_dtype()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -95,26 +179,13 @@ def _open(file: Path):
         raise ValueError(f"{file} is truncated or not a safetensors file ({error}): download or copy it again") from None
 
 
-def _check(model: Phi3ForCausalLM, files: dict, home: dict[str, Path], folder: Path) -> None:
-    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    faults = [f"{name} is missing" for name in expected if name not in home]
-    faults += [f"{name} in {home[name].name} is not part of this model" for name in sorted(home.keys() - expected.keys())]
-    for name in expected.keys() & home.keys():
-        stored = files[home[name]].get_slice(name)
-        if stored.get_shape() != expected[name]:
-            faults.append(f"{name} must have shape {expected[name]}, not {stored.get_shape()}")
-        if stored.get_dtype() not in FLOATING:
-            faults.append(f"{name} must be one of {', '.join(sorted(FLOATING))}, not {stored.get_dtype()}")
-    if faults:
-        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
-
-
 def save(
     model: Phi3ForCausalLM, path: Path | str, tokenizer_from: Path | str | None = None, shard_bytes: int = 5_000_000_000
 ) -> None:
     """Writes the model as a new folder that transformers, vLLM and llama.cpp load; tied weights are written once.
 
-    The folder appears whole or not at all: it is written beside under a temporary name and renamed.
+    4-bit weights are written as such, in bitsandbytes' format, which transformers and vLLM load. The folder appears whole or not
+    at all: it is written beside under a temporary name and renamed.
 
     Args:
         tokenizer_from: a checkpoint whose tokenizer files are carried along.
@@ -140,12 +211,16 @@ def save(
     with torch.device("meta"):
         names = [name for name, _ in Phi3ForCausalLM(model.config).named_parameters()]
     state = model.state_dict()
-    tensors = {name: state[name] for name in names}
+    quantized, tensors = quantized_weights(model), {}
+    for name in names:
+        tensors |= to_bitsandbytes(state[name], name) if name in quantized else {name: state[name]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".", ignore_cleanup_errors=True) as beside:
         new = Path(beside) / folder.name
         new.mkdir()
-        model.config.write(new / "config.json", dtype=str(tensors[names[0]].dtype).removeprefix("torch."))
+        plain = [path for path in linear_layers(model) if f"{path}.weight" not in quantized]
+        quantization = make_config(state[names[0]].dtype, plain) if quantized else None
+        model.config.write(new / "config.json", str(state[names[0]].dtype).removeprefix("torch."), quantization)
         try:
             _save_tensors(tensors, new, shard_bytes)
         except SafetensorError as error:

@@ -1,11 +1,13 @@
 """What the benchmarks measure by is itself right: the checkpoint that one writes, the results that another reads."""
 
+import json
+
 import pytest
 import torch
 from helpers import tiny_config
 from without_gpu import counting
 
-from benchmarks import bench_family, bench_lines, bench_lora_linear, bench_parity, bench_static, bench_true_size
+from benchmarks import bench_family, bench_lines, bench_lora_linear, bench_parity, bench_qlora, bench_static, bench_true_size
 from minilora import phi3
 from minilora.trainable import count_parameters
 
@@ -26,6 +28,30 @@ def test_a_checkpoint_written_tensor_by_tensor_is_loaded(tmp_path):
         assert parameter.dtype == torch.bfloat16
         spread = 0 if name.endswith("norm.weight") else 0.02
         assert abs(parameter.float().std() - spread) < 0.002, name
+
+
+def test_both_sides_of_the_qlora_benchmark_take_the_same_step(tmp_path, capsys):
+    config = tiny_config(hidden_size=64, intermediate_size=128, original_max_position_embeddings=1024)
+    bench_true_size.write_checkpoint(config, tmp_path, shard_bytes=10**9)
+    found = {}
+    for side in bench_qlora.SIDES:
+        bench_qlora.run(side, "train", str(tmp_path), "float32")
+        found[side] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found[side]["peak_memory_bytes"] >= found[side]["import_bytes"] > 10**8
+    ours, theirs = (row["loss"] for row in found.values())
+    assert ours == pytest.approx(theirs, rel=1e-2)  # the rest of theirs is in bfloat16
+    assert ours > 1
+
+
+def test_the_qlora_benchmark_trains_beside_each_base(tiny_checkpoint):
+    rows = {row["way"]: row for row in bench_qlora.quality(tiny_checkpoint, max_steps=1)}
+    plain, four_bit, loftq = rows.values()
+    assert rows.keys() == bench_qlora.WAYS.keys()
+    assert (
+        plain["perplexity"] == plain["perplexity_at_the_start"] != four_bit["perplexity"] == four_bit["perplexity_at_the_start"]
+    )
+    assert loftq["perplexity"] == four_bit["perplexity"] != loftq["perplexity_at_the_start"]
+    assert all(row["eval_loss_after"] < row["eval_loss_before"] for row in rows.values())
 
 
 REPORT = """

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import minilora as lora
 from minilora import phi3
 from minilora.cli import main
 from minilora.commands import PROBE
+from minilora.config import read_run_config
 from minilora.data import shuffled_batches
 
 
@@ -392,3 +394,116 @@ def test_two_runs_of_train_with_one_seed_end_bitwise_equal(trained, tiny_checkpo
         run("train", *argv, "--output", tmp_path / name, "--set", f"training.seed={seed}", "--set", "peft.lora_dropout=0.1")
         saved.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
     assert saved[0] == saved[1] != saved[2]
+
+
+# A 4-bit base
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, tiny_checkpoint):
+    """The checkpoint in bfloat16, and an adapter that was trained beside its 4-bit rounding."""
+    folder = tmp_path_factory.mktemp("half")
+    phi3.save(phi3.load(tiny_checkpoint, torch.bfloat16), folder / "base", tokenizer_from=tiny_checkpoint)
+    torch.manual_seed(0)
+    config = lora.LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", "up_proj"])
+    model = lora.inject(phi3.load(folder / "base", quantize="nf4"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    lora.save_adapter(model, folder / "adapter")
+    return folder
+
+
+def test_train_over_4_bits_says_which_weights_are_and_what_is_multiplied(trained, tiny_checkpoint, tmp_path, capsys):
+    argv = ("train", "--model", tiny_checkpoint, "--data", trained / "chat.jsonl", "--config", trained / "run.toml")
+    run(*argv, "--quantize", "nf4", "--output", tmp_path / "one")
+    said = capsys.readouterr().out
+    count = 2 * 32 * (64 + 32 + 96 + 48)
+    assert f"4-bit base (NF4, double quantisation): {count:,} of the parameters, in 8 weights (qkv_proj, o_proj, " in said
+    size = sum(
+        part.nbytes
+        for weight in phi3.quantized_weights(phi3.load(tiny_checkpoint, quantize="nf4")).values()
+        for part in weight.parts
+    )
+    assert f"take {size:,} bytes; products in float32" in said
+    run(*argv, "--set", "quantization.load_in_4bit=true", "--output", tmp_path / "two")
+    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert files[0] != (trained / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_eval_and_generate_take_a_4_bit_base(half, trained, capsys):
+    model, tokenizer = phi3.load(half / "base", torch.float32, quantize="nf4"), phi3.load_tokenizer(half / "base")
+    lora.load_adapter(model, half / "adapter")
+    examples = lora.encode_conversations(lora.read_conversations(trained / "chat.jsonl"), tokenizer, 512)
+    argv = ("--model", half / "base", "--adapter", half / "adapter", "--quantize", "nf4")
+    run("eval", *argv, "--data", trained / "chat.jsonl")
+    assert f"loss {lora.evaluate(model, examples).loss:.4f}" in capsys.readouterr().out
+    run("generate", *argv, "--prompt", "Hello", "--max-new-tokens", "5")
+    answer = phi3.generate(model, tokenizer, [{"role": "user", "content": "Hello"}], max_new_tokens=5)
+    assert answer in capsys.readouterr().out
+
+
+def test_merge_over_4_bits_tells_the_error_of_both_choices(half, tmp_path, capsys):
+    argv = ("merge", "--model", half / "base", "--adapter", half / "adapter")
+    run(*argv, "--quantize", "nf4", "--output", tmp_path / "dequantised")
+    said = capsys.readouterr().out
+    run(*argv, "--output", tmp_path / "original")
+    assert "4-bit" not in capsys.readouterr().out
+    ids = torch.tensor([phi3.load_tokenizer(half / "base").encode(PROBE)])
+    with torch.no_grad():
+        unmerged = lora.load_adapter(phi3.load(half / "base", quantize="nf4"), half / "adapter")(ids)
+        dequantised, original = (phi3.load(tmp_path / name) for name in ("dequantised", "original"))
+        errors = [rms_error(model(ids), unmerged) for model in (dequantised, original)]
+    assert "merged into the dequantised values of 8 4-bit weights, which the adapter was trained beside" in said
+    found = [float(figure) for figure in re.findall(r"off by (\S+?)(?: |$)", said, flags=re.MULTILINE)]
+    assert found == [pytest.approx(error, rel=0.1) for error in errors]
+    assert errors[0] < 0.3 * errors[1]
+    for model in (dequantised, original):
+        assert not phi3.quantized_weights(model)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_that_is_4_bit_is_merged_into_its_dequantised_weights(half, tmp_path, capsys):
+    phi3.save(phi3.load(half / "base", quantize="nf4"), tmp_path / "four", tokenizer_from=half / "base")
+    run("info", tmp_path / "four")
+    assert "its weights are 4-bit (NF4, double quantisation)" in capsys.readouterr().out
+    run("merge", "--model", tmp_path / "four", "--adapter", half / "adapter", "--output", tmp_path / "merged")
+    assert "to merge into the original weights instead, name their checkpoint with --model" in capsys.readouterr().out
+    assert not phi3.quantized_weights(phi3.load(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_train_by_loftq_reads_the_original_weights_and_keeps_a_base_that_it_changed(half, trained, tmp_path, capsys, iterations):
+    run(
+        "train", "--model", half / "base", "--data", trained / "chat.jsonl", "--config", trained / "run.toml",
+        "--quantize", "nf4", "--set", "peft.init_lora_weights='loftq'", "--set", f"peft.loftq_config={{loftq_iter={iterations}}}",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert ("wrote " + str(tmp_path / "out" / "base") in capsys.readouterr().out) == (iterations > 1)
+    run("info", tmp_path / "out" / "adapter")
+    said = capsys.readouterr().out
+    assert "it started by LoftQ, and belongs to the 4-bit base" in said
+    base = tmp_path / "out" / "base" if iterations > 1 else half / "base"
+    assert f"made for {base}" in said
+    argv = ["merge", "--model", str(base), "--adapter", str(tmp_path / "out" / "adapter"), "--output", str(tmp_path / "merged")]
+    if iterations == 1:
+        assert main(argv) == 2
+        assert '"loftq" is for 4-bit weights' in capsys.readouterr().err
+    run(*argv, "--quantize", "nf4")
+    assert "merged into the dequantised values of 8 4-bit weights" in capsys.readouterr().out
+
+
+def test_the_settings_of_the_qlora_notebook_run(tiny_checkpoint, trained, tmp_path, capsys):
+    config = Path(__file__).parents[1] / "examples" / "qlora_finetune.toml"
+    run(
+        "train", "--model", tiny_checkpoint, "--data", trained / "chat.jsonl", "--config", config, "--output", tmp_path / "out",
+        "--set", "training.max_steps=2",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "4-bit base (NF4, double quantisation)" in said
+    assert "products in bfloat16" in said
+    assert "r 16, alpha 16, dropout 0.05 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in float32" in said
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
+    settings = read_run_config(config)
+    assert (settings.training.lr_scheduler_type, settings.training.warmup_ratio) == ("cosine", 0.2)

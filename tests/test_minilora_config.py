@@ -82,7 +82,7 @@ def refusal(tmp_path, text) -> str:
         ({"exclude_modules": "("}, "exclude_modules must"),
         ({"layers_to_transform": [0], "layers_pattern": "(", "target_modules": ["o_proj"]}, "layers_pattern must"),
         ({"bias": "some"}, "bias must be one of none, all, lora_only, not 'some'"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of True, 'pissa', 'olora', not 'eva'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of True, 'pissa', 'olora', 'loftq', not 'eva'"),
         ({"init_lora_weights": False}, "init_lora_weights must be one of"),
         ({"init_lora_weights": 1}, "init_lora_weights must be"),
         ({"layers_to_transform": [True], "target_modules": ["o_proj"]}, "layers_to_transform must be"),
@@ -263,8 +263,8 @@ def test_all_faults_of_a_file_come_in_one_message(tmp_path):
         """,
     )
     for fault in (
-        "r is unknown: the tables are [training] and [peft]",
-        "trainng is unknown: the tables are [training] and [peft]",
+        "r is unknown: the tables are [training], [peft] and [quantization]",
+        "trainng is unknown: the tables are [training], [peft] and [quantization]",
         "training.learning_rate must be float, not 'fast'",
         "training.per_device_train_batch_size must be int, not 4.0",
         "training.gradient_checkpointing must be bool, not 1",
@@ -299,7 +299,7 @@ def test_overrides_go_over_the_file_and_over_those_before_them(tmp_path):
     [
         ("training.warmup_ratio = 2", "warmup_ratio must lie in"),
         ("training.sed = 1", "training.sed is unknown"),
-        ("training = 3", r"the tables are \[training\] and \[peft\]"),
+        ("training = 3", r"the tables are \[training\], \[peft\] and \[quantization\]"),
         ("peft.target_modules = o_proj", "--set peft.target_modules = o_proj must be TOML"),
     ],
 )
@@ -323,7 +323,7 @@ def test_an_override_stands_for_the_files_value(tmp_path, text, override):
 
 
 def test_an_override_cannot_hide_a_fault_of_the_file(tmp_path):
-    with pytest.raises(ValueError, match=r"the tables are \[training\] and \[peft\]"):
+    with pytest.raises(ValueError, match=r"the tables are \[training\], \[peft\] and \[quantization\]"):
         read_run_config(written(tmp_path, "training = 3"), ["training.seed = 1"])
 
 
@@ -369,3 +369,40 @@ def test_a_value_with_a_semicolon_is_one_fault(tmp_path):
     with pytest.raises(ValueError, match=r"run\.toml") as raised:
         read_run_config(tmp_path / "run.toml")
     assert str(raised.value).splitlines()[1:] == ["  training.lr_scheduler_type must be one of cosine, linear, not 'a; b'"]
+
+
+def test_the_table_of_the_quantisation_reads_bitsandbytesconfig(tmp_path):
+    text = """
+        [quantization]
+        load_in_4bit = true
+        bnb_4bit_quant_type = "nf4"
+        bnb_4bit_compute_dtype = "bfloat16"
+        bnb_4bit_use_double_quant = true
+        """
+    run = read_run_config(written(tmp_path, text))
+    assert run.load_in_4bit
+    assert run.bf16 is True
+    assert run.without_effect == ["quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant"]
+    assert read_run_config(None, ["quantization.load_in_4bit = true"]).bf16 is None
+    single = ["quantization.load_in_4bit = true", "quantization.bnb_4bit_compute_dtype = 'float32'"]
+    assert read_run_config(None, single).bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantization.bnb_4bit_quant_type = 'fp4'"], "quantization.bnb_4bit_quant_type must be 'nf4', not 'fp4'"),
+        (["quantization.bnb_4bit_use_double_quant = false"], "bnb_4bit_use_double_quant must be True, not False"),
+        (["quantization.load_in_8bit = true"], "quantization.load_in_8bit is unknown; known are bnb_4bit_compute_dtype"),
+        (["quantization.load_in_4bit = 1"], "quantization.load_in_4bit must be bool, not 1"),
+        (["quantization.bnb_4bit_compute_dtype = 'float16'"], "quantization.bnb_4bit_compute_dtype must be one of bfloat16"),
+        (["quantization.bnb_4bit_compute_dtype = 'float32'"], "quantization.bnb_4bit_compute_dtype needs load_in_4bit = true"),
+        (
+            ["training.bf16 = true", "quantization = {load_in_4bit = true, bnb_4bit_compute_dtype = 'float32'}"],
+            "training.bf16 = true and bnb_4bit_compute_dtype = 'float32' contradict one another",
+        ),
+    ],
+)
+def test_other_quantisations_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_run_config(None, overrides)

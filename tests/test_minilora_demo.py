@@ -46,6 +46,15 @@ def test_the_demo_says_which_of_the_saved_adapters_answers_came_back(capsys, tmp
         assert f"adapter {how}" in said
 
 
+def test_the_demo_over_4_bits_says_so_on_its_page_too(capsys, tmp_path, tiny_checkpoint):
+    demo.run(tmp_path / "out", model_path=tiny_checkpoint, max_steps=1, quantize="nf4")
+    said = capsys.readouterr().out
+    assert "4-bit base (NF4, double quantisation)" in said
+    assert "adapter on: 100%" in said
+    assert f"--model {tiny_checkpoint} --quantize nf4 --adapter" in said
+    assert "4-bit base (NF4, double quantisation)" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_exact_is_character_for_character():
     pairs = [("a", '{"x": 1}'), ("b", '{"x": 2}')]
     assert demo.exact(pairs, ['{"x": 1}', '{"x":2}']) == 0.5

@@ -6,6 +6,7 @@ from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
 from minilora.fingerprint import ELEMENTS, HARMLESS, differences, fingerprint
+from minilora.kernels.nf4_tensor import NF4Tensor
 
 
 def adapted(**settings):
@@ -69,6 +70,19 @@ def test_every_frozen_tensor_counts(name):
     with torch.no_grad():
         model.get_parameter(name).mul_(1.0001)
     assert changed(model) == [f"base.{name}"]
+
+
+def test_every_part_of_a_4_bit_weight_counts():
+    def four_bit(factor):
+        model = adapted()
+        layer = model.model.layers[1].mlp.down_proj
+        layer.weight = torch.nn.Parameter(NF4Tensor.quantize(layer.weight.detach() * factor), requires_grad=False)
+        return model
+
+    usual = fingerprint(four_bit(1.0), lora.TrainConfig(), examples(4))
+    assert usual == fingerprint(four_bit(1.0), lora.TrainConfig(), examples(4))
+    other = fingerprint(four_bit(1.01), lora.TrainConfig(), examples(4))  # the same codes by other scales
+    assert [name for name in usual if usual[name] != other[name]] == ["base.model.layers.1.mlp.down_proj.weight"]
 
 
 def test_dtypes_count():

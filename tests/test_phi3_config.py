@@ -225,7 +225,7 @@ def test_longrope_is_no_key_of_a_config_file(tmp_path):
 OTHER_MODELS = {
     "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "lm_head_bias": True, "attention_dropout": 0.1,
     "embd_pdrop": 0.1, "resid_pdrop": 0.1, "full_attn_mod": 2, "interpolate_factor": 2, "pretraining_tp": 2, "is_decoder": "yes",
-    "is_encoder_decoder": True, "add_cross_attention": True, "quantization_config": {"bits": 4},
+    "is_encoder_decoder": True, "add_cross_attention": True,
     "layer_types": ["full_attention"],
 }  # fmt: skip
 
