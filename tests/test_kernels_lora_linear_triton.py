@@ -1,9 +1,6 @@
 """The Triton kernels without a GPU: right by the interpreter under guard, sound by their machine code, lean by their bytes."""
 
-import importlib.util
 import itertools
-import linecache
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ from helpers import rms_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, make_case
-from without_gpu import DRAM_RATE, SHARED_LIMIT, MemoryFault, compiling, counting, interpreting
+from without_gpu import DRAM_RATE, SHARED_LIMIT, MemoryFault, compiling, counting, interpreting, mutant
 
 from minilora.kernels import lora_linear_torch, lora_linear_triton, tiles
 from minilora.kernels.dropout import draw_seed
@@ -223,15 +220,7 @@ MUTANTS = {  # what stands in the source, what a fault puts there, how many time
 
 
 def mutant_of(module, name, tmp_path):
-    old, new, count = MUTANTS[name]
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == count, "the source has changed: plant this fault anew"
-    path = tmp_path / f"mutant_{list(MUTANTS).index(name)}.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    return mutant
+    return mutant(module, MUTANTS[name], tmp_path / f"mutant_{list(MUTANTS).index(name)}.py")
 
 
 def faults_of(steps) -> list[str]:
@@ -259,7 +248,6 @@ def test_the_kernels_themselves_pass_where_mutants_must_not():
 
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name != "rows are counted in 32 bits"])
 def test_a_planted_fault_is_found(name, tmp_path):
-    linecache.checkcache()
     assert faults_of(mutant_of(lora_linear_triton, name, tmp_path))
 
 

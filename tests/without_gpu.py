@@ -4,9 +4,12 @@
     with compiling(arch=90) as compiled: …  kernels are compiled as a launch on sm_90 would have them; nothing runs
 
 Both take the library's own host functions (on CPU tensors; on meta tensors), so that what is tested is what ships.
+`mutant` plants a fault in a copy of a module: a test that cannot find it proves nothing.
 Tied to the pinned Triton: it reaches into the interpreter, some of whose faults it mends.
 """
 
+import importlib.util
+import linecache
 import math
 import re
 import subprocess
@@ -381,6 +384,8 @@ class Traffic(TorchDispatchMode):
     def launch(self, kernel: JITFunction, arguments: dict) -> None:
         """Counts a Triton launch: the products of its equation, without what tiles pad."""
         tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+        if "SLICES" not in arguments:  # elementwise
+            return self._add(kernel.fn.__name__, tensors.values(), 0)
         self.partial += sum(_own_bytes(t) for t in tensors.values() if t.ndim == 3 and len(t) > 1)
         wide = tensors["X"] if "X" in tensors else tensors["P"]
         update = len(wide) * arguments["R"] * sum(stop - start for start, stop, _ in arguments["SLICES"])
@@ -407,3 +412,19 @@ def counting(arch: int) -> Iterator[Traffic]:
 
     with _standing_in(arch), mock.patch.object(JITFunction, "run", count_only), Traffic() as traffic:
         yield traffic
+
+
+# ── mutate ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mutant(module: types.ModuleType, fault: tuple[str, str, int], path: Path) -> types.ModuleType:
+    """A copy of a module with a fault: what stands in the source, what stands there instead, how many times it does."""
+    old, new, count = fault
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == count, "the source has changed: plant this fault anew"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    linecache.checkcache()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
