@@ -86,6 +86,14 @@ def test_the_static_benchmark_counts_what_every_way_moves():
     assert [row["kernel"] for row in kernels] == ["down", "gemm", "sweep", "gemm", "outer"]
 
 
+@pytest.mark.parametrize("name", bench_static.ELEMENTWISE)
+def test_the_static_benchmark_counts_what_elementwise_operations_move(name):
+    line = bench_static.elementwise(name)
+    assert 1 <= line["ours bytes / least"] < 1.02
+    assert line["eager bytes / least"] > 1.4
+    assert not any(line[f"spilled bytes on sm_{arch}"] for arch in (80, 89, 90))
+
+
 PARITY = """
 <testsuites><testsuite>
   <testcase classname="tests.test_minilora_layers" name="test_linear_computes_as_loralib_does" time="1" />

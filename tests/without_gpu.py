@@ -372,7 +372,8 @@ class Traffic(TorchDispatchMode):
         out = function(*args, **kwargs or {})
         name = function.overloadpacket.__name__
         if not function.is_view and not name.startswith(("empty", "new_empty", "detach")):
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            read = args[1:] if name == "copy_" else args  # what it is copied over is not read
+            inputs = [t for t in tree_leaves((read, kwargs)) if isinstance(t, torch.Tensor)]
             results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
             if name in ("sum", "_to_copy"):  # the second rounds what the first has added, and reads what that wrote
                 self.partial += sum(map(_own_bytes, inputs)) * (1 if name == "sum" else 2)
