@@ -40,8 +40,8 @@ def backward(dy: Tensor, dh: Tensor | None, h: Tensor, rho: Tensor, weight: Tens
     """The gradient of x and of delta in PyTorch."""
     wide, g = _at_least_float32(h), _at_least_float32(dy) * weight
     share = (g * wide).mean(dim=-1, keepdim=True).mul_(rho.pow(3))
-    dx = g.mul_(rho) if dh is None else torch.addcmul(_at_least_float32(dh), g, rho, out=g)
-    return dx.addcmul_(wide, share, value=-1).to(h.dtype)
+    dx = g.mul_(rho).addcmul_(wide, share, value=-1)
+    return (dx if dh is None else dx.add_(dh)).to(h.dtype)  # dh last, as autograd adds it: checkpointing changes no bit
 
 
 @torch.library.custom_op("minilora::rms_norm", mutates_args=())
