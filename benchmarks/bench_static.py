@@ -1,4 +1,4 @@
-"""What can be known of the LoRA kernels without a GPU: machine code, bytes, operations, and the time that a roofline allows.
+"""What can be known of the kernels without a GPU: machine code, bytes, operations, and the time that a roofline allows.
 
 No measurement of speed: a roofline lets each launch take the longer of its bytes at the memory's peak and its products at the
 tensor cores' peak, and counts neither latency nor launches. `python -m benchmarks lora_linear` measures, on a GPU.
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks import protocol
 from benchmarks.bench_lora_linear import LAYERS
-from minilora.kernels import lora_linear_triton
+from minilora.kernels import lora_linear_triton, rms_norm, rms_norm_triton, rope, rope_triton, swiglu, swiglu_triton
 from minilora.kernels.lora_linear import backward, forward
 from minilora.kernels.nf4 import BLOCK, GROUP
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -26,11 +26,15 @@ def main() -> None:
         row for arch in (80, 89, 90) for name in LAYERS for dropout in (0.0, 0.05) for row in machine_code(arch, name, dropout)
     ]
     lines = [roofline(name, dropout) for name in LAYERS for dropout in (0.0, 0.05)]
+    elementwise_lines = [elementwise(name) for name in ELEMENTWISE]
     code_nf4 = [row for arch in (80, 89, 90) for row in machine_code_nf4(arch, "qkv")]
     lines_nf4 = [roofline_nf4(name, tokens) for name in LAYERS for tokens in FEW]
-    for rows in (code, lines, code_nf4, lines_nf4):
+    results = {
+        "machine_code": code, "roofline": lines, "elementwise": elementwise_lines,
+        "machine_code_nf4": code_nf4, "roofline_nf4": lines_nf4,
+    }  # fmt: skip
+    for rows in results.values():
         show(rows)
-    results = {"machine_code": code, "roofline": lines, "machine_code_nf4": code_nf4, "roofline_nf4": lines_nf4}
     protocol.write("static", [{"tokens": M, "r": R, "dtype": "bfloat16, adapters float32"} | results])
 
 
@@ -161,4 +165,64 @@ def roofline(name: str, dropout: float) -> dict:
         for way in ("ours", "eager_peft"):
             row[f"{way} / frozen on {gpu}"] = round(times[way][gpu] / times["frozen"][gpu], 3)
         row[f"frozen µs on {gpu}"] = round(times["frozen"][gpu] * 1e6, 1)
+    return row
+
+
+C, WIDTH, HEADS, D = 3072, 8192, 32, 96  # of Phi-3-mini
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def norm_ours(x, delta, weight, dh, dy) -> None:
+    _, rho, h = rms_norm_triton.forward(x, delta, weight, 1e-5)
+    rms_norm_triton.backward(dy, dh, h, rho, weight)
+
+
+def norm_eager(x, delta, weight, *gradients) -> None:
+    x, delta = x.requires_grad_(), delta.requires_grad_()
+    h = x + delta
+    torch.autograd.backward((h, rms_norm.rms_norm_reference(h, weight, 1e-5)), gradients)
+
+
+def swiglu_ours(packed, dy) -> None:
+    swiglu_triton.forward(packed)
+    swiglu_triton.backward(dy, packed)
+
+
+def swiglu_eager(packed, dy) -> None:
+    swiglu.swiglu_reference(packed.requires_grad_()).backward(dy)
+
+
+def rope_ours(qkv, cos, sin, *gradients) -> None:
+    rope.forward(rope_triton.turn, qkv, cos, sin, HEADS, HEADS)
+    rope.backward(rope_triton.turn, *gradients, cos, sin)
+
+
+def rope_eager(qkv, cos, sin, *gradients) -> None:
+    torch.autograd.backward(rope.rope_reference(qkv.requires_grad_(), cos, sin, HEADS, HEADS), gradients)
+
+
+ELEMENTWISE = {  # ours, eager PyTorch's, the tensors of both, and how many of the first one's size there and back must move
+    "add_rms_norm": (norm_ours, norm_eager, [(M, C), (M, C), (C,), (M, C), (M, C)], 4 + 4),
+    "swiglu": (swiglu_ours, swiglu_eager, [(M, 2 * WIDTH), (M, WIDTH)], 1.5 + 2.5),
+    "rope": (rope_ours, rope_eager, [(1, M, 3 * HEADS * D), *2 * [(1, 1, M, D // 2)], *3 * [(1, HEADS, M, D)]], 2 + 2),
+}
+
+
+def elementwise(name: str) -> dict:
+    """Registers and spills of an operation's kernels, and its bytes, ours and eager PyTorch's, forward and backward."""
+    ours, eager, shapes, least = ELEMENTWISE[name]
+    row = {"operation": name}
+    for arch in (80, 89, 90):
+        with compiling(arch) as compiled:
+            ours(*(empty(*shape) for shape in shapes))
+        row[f"registers on sm_{arch}"] = max(kernel.registers for kernel in compiled)
+        row[f"spilled bytes on sm_{arch}"] = sum(kernel.stack for kernel in compiled)
+    for way, function in (("ours", ours), ("eager", eager)):
+        tensors = [empty(*shape) for shape in shapes]
+        with counting(90) as traffic:
+            function(*tensors)
+        row[f"{way} bytes / least"] = round(traffic.total / (least * tensors[0].nbytes), 3)
     return row

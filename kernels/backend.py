@@ -9,11 +9,15 @@ import os
 import torch
 
 VARIABLE = "MINILORA_BACKEND"
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: each search takes 85 µs
 LEAST_ARCH = 80  # sm_80: the first with bfloat16 tensor cores and asynchronous copies, which the kernels are laid out for
 
 
+@torch.compiler.assume_constant_result
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend's name, "triton" or "torch", for tensors of dtype on device, and the reason in a few words.
+
+    torch.compile asks once, when it traces, and keeps the answer.
 
     Raises:
         ValueError: the environment forces Triton where it cannot run, or names no backend.
@@ -37,7 +41,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """What keeps Triton from running, empty where nothing does."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_IS_INSTALLED:
         return "Triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels multiply float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"

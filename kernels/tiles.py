@@ -91,3 +91,26 @@ def sweep_wins(itemsize: int, rank: int, aligned: bool) -> bool:
 def split(programs: int, length: int, least: int) -> int:
     """Into how many shares of at least `least` a sum of `length` terms is cut, where `programs` alone leave processors idle."""
     return max(1, min(PROGRAMS // max(programs, 1), length // least))
+
+
+# The elementwise kernels are bound by memory: 16 numbers a thread are two loads of 16 bytes in bfloat16 for each tensor, which
+# keeps enough of them in flight, and leaves registers for what a norm holds of its row.
+
+SWIGLU = Tile(1, 1024, 0, 4, 1)  # half as many numbers a thread: three tensors are read at once
+
+
+def for_row(C: int) -> tuple[int, int]:
+    """(BC, warps) for a program that holds a row of C numbers; for 16 warps sm_90's assembler saves registers, and spills."""
+    BC = _power_of_two(C)
+    return BC, min(8, max(1, BC // 512))
+
+
+def for_heads(H: int, D: int) -> tuple[int, int, int]:
+    """(BH, BD, warps) for a program that turns BH of H heads of D numbers: 2,048 numbers, where there are as many."""
+    BD = _power_of_two(D)
+    return min(_power_of_two(H), max(1, 2048 // BD)), BD, 4
+
+
+def _power_of_two(n: int) -> int:
+    """The first from n on."""
+    return 1 << (n - 1).bit_length()

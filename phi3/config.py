@@ -1,6 +1,7 @@
 """What a checkpoint's config.json says about the decoder, and what this decoder cannot do, refused by name."""
 
 import dataclasses
+import functools
 import json
 import math
 import reprlib
@@ -121,7 +122,7 @@ class Phi3Config:
                 if id_ is not None and not 0 <= id_ < self.vocab_size:
                     yield f"{name} {id_} must lie within the vocabulary of {self.vocab_size}"
 
-    @property
+    @functools.cached_property  # a plain number to torch.compile, not a formula in fields that dynamic=True varies
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotate; the rest pass through."""
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

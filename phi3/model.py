@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels.cross_entropy import IGNORE, head_cross_entropy
+from minilora.kernels.rms_norm import add_rms_norm, rms_norm
+from minilora.kernels.rope import rope
+from minilora.kernels.swiglu import swiglu
 from minilora.phi3.cache import KVCache
 from minilora.phi3.config import Phi3Config
-from minilora.phi3.rotary import rotary_tables, rotate
+from minilora.phi3.rotary import rotary_tables
 
 
 class PackedLinear(nn.Linear):
@@ -24,17 +27,17 @@ class PackedLinear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε), found in float32 and rounded to x's dtype, times a weight. Source: Zhang & Sennrich 2019, eq. 4."""
+    """The sum h = x + delta, and h / sqrt(mean(h²) + ε) times a weight: both. Source: Zhang & Sennrich 2019, eq. 4."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        h = h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if delta is None:
+            return x, rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -42,18 +45,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: Phi3Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.sizes = layer, config.head_dim, list(config.qkv_sizes.values())
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.num_key_value_heads
         self.qkv_proj = PackedLinear(config.hidden_size, config.qkv_sizes)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (u.view(B, T, -1, self.head_dim).transpose(1, 2) for u in self.qkv_proj(x).split(self.sizes, dim=-1))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, D), (B, Hkv, T, D)
+        q, k, v = rope(self.qkv_proj(x), *rotary, self.heads, self.kv_heads)  # (B, H, T, D), (B, Hkv, T, D) twice
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, Hkv, all so far, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=self.grouped)
+        causal = mask is None
+        if T == 1:  # a branch, since torch.compile may hold T as a symbol, and T > 1 would be one
+            causal = False  # one new token sees all
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -66,12 +70,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, I) each
-        return self.down_proj(up * F.silu(gate))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); each sum waits for the norm after it: x and delta stand for x + delta."""
 
     def __init__(self, config: Phi3Config, layer: int):
         super().__init__()
@@ -80,9 +83,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        x, y = self.input_layernorm(x, delta)
+        x, y = self.post_attention_layernorm(x, self.self_attn(y, rotary, mask, cache))
+        return x, self.mlp(y)
 
 
 class Phi3Model(nn.Module):
@@ -101,15 +107,16 @@ class Phi3Model(nn.Module):
         if cache is not None:
             documents = cache.extend(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
             attention_mask = None if (documents == 1).all() else documents  # (B, all so far)
-        x = self.embed_tokens(input_ids)  # (B, T, C)
+        x, delta = self.embed_tokens(input_ids), None  # (B, T, C)
         positions, lengths, mask = self._layout(input_ids, attention_mask, cache)
         rotary = rotary_tables(self.config, positions, lengths, x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+                x = x if delta is None else x + delta  # one tensor to keep, not two
+                x, delta = checkpoint(layer, x, None, rotary, mask, cache, use_reentrant=False)
             else:
-                x = layer(x, rotary, mask, cache)
-        return self.norm(x)
+                x, delta = layer(x, delta, rotary, mask, cache)
+        return self.norm(x, delta)[1]
 
     def _layout(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None):
         """Where every token stands in its document: positions (B or 1, T), the documents' lengths so far (B or 1, T or 1),

@@ -1,10 +1,9 @@
-"""Rotary position embedding: queries and keys turn by an angle that grows with their position.
+"""Rotary position embedding: the angles, growing with their position, by which kernels.rope turns queries and keys.
 
     angle(t, i) = t · θ^(−2i/d),   i = 0 … d/2 − 1
-    (u_i, u_{i + d/2}) ↦ (u_i cos − u_{i + d/2} sin,  u_{i + d/2} cos + u_i sin)
 
 d is the rotary dimension; dimensions past it, under partial rotary, pass through.
-Source: Su et al. 2021, "RoFormer", §3.2, in the half-split pairing of GPT-NeoX that Phi-3's weights expect.
+Source: Su et al. 2021, "RoFormer", §3.2.
 
 LongRoPE extends a context of L tokens (original_max_position_embeddings) to one f times as long. It stretches every
 wavelength by a factor of its own, found by search, and scales cosine and sine, so that attention stays sharp over more keys:
@@ -59,10 +58,3 @@ def attention_factor(config: Phi3Config) -> float:
     L, longrope = config.original_max_position_embeddings, config.longrope
     f = longrope.factor or config.max_position_embeddings / L
     return longrope.attention_factor or math.sqrt(1 + math.log(max(f, 1)) / math.log(L))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns x (B, H, T, D) by the angles whose cos and sin are (B, 1, T, d/2), d ≤ D."""
-    half = cos.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

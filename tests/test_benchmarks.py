@@ -119,6 +119,14 @@ def test_the_static_benchmark_shows_where_a_4_bit_weight_is_dequantised():
     assert kernels == ["expand", "gemm_nf4", "expand", "gemm_nf4 of dX"] * 2 + ["expand", "dequantize", "gemm"] * 2
 
 
+@pytest.mark.parametrize("name", bench_static.ELEMENTWISE)
+def test_the_static_benchmark_counts_what_elementwise_operations_move(name):
+    line = bench_static.elementwise(name)
+    assert 1 <= line["ours bytes / least"] < 1.02
+    assert line["eager bytes / least"] > 1.4
+    assert not any(line[f"spilled bytes on sm_{arch}"] for arch in (80, 89, 90))
+
+
 PARITY = """
 <testsuites><testsuite>
   <testcase classname="tests.test_minilora_layers" name="test_linear_computes_as_loralib_does" time="1" />

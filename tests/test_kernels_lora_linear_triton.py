@@ -1,7 +1,5 @@
 """The Triton kernels without a GPU: right by the interpreter under guard, sound by their machine code, lean by their bytes."""
 
-import linecache
-
 import pytest
 import torch
 from helpers import rms_error
@@ -219,7 +217,6 @@ def test_the_kernels_themselves_pass_where_mutants_must_not():
 
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name != "rows are counted in 32 bits"])
 def test_a_planted_fault_is_found(name, tmp_path):
-    linecache.checkcache()
     assert faults_of(planted(lora_linear_triton, *MUTANTS[name], tmp_path))
 
 

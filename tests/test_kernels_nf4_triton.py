@@ -1,7 +1,5 @@
 """NF4's Triton kernels without a GPU: bit for bit what plain PyTorch gives, right inside a product, sound, and lean."""
 
-import linecache
-
 import pytest
 import torch
 from helpers import rms_error
@@ -244,7 +242,6 @@ def test_the_kernels_themselves_pass_where_mutants_must_not():
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_fault_is_found(name, tmp_path, monkeypatch):
-    linecache.checkcache()
     mutant = planted(nf4_triton, *MUTANTS[name], tmp_path)
     for function in ("weight_tile", "dequantize_blocks", "expand"):
         monkeypatch.setattr(lora_linear_triton, function, getattr(mutant, function))
@@ -253,7 +250,6 @@ def test_a_planted_fault_is_found(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MUTANTS_OF_THE_PRODUCT)
 def test_a_fault_planted_in_the_product_is_found(name, tmp_path):
-    linecache.checkcache()
     assert faults_of(nf4_triton, planted(lora_linear_triton, *MUTANTS_OF_THE_PRODUCT[name], tmp_path))
 
 

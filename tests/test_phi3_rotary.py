@@ -9,8 +9,9 @@ from helpers import rms_error, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora.kernels.rope import rotate
 from minilora.phi3.config import LongRope
-from minilora.phi3.rotary import attention_factor, rotary_tables, rotate
+from minilora.phi3.rotary import attention_factor, rotary_tables
 
 FULL = tiny_config(head_dim=16)
 PARTIAL = tiny_config(head_dim=16, partial_rotary_factor=0.75)

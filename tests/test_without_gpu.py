@@ -96,4 +96,5 @@ def test_torchs_own_operations_are_counted_by_their_tensors():
     with counting(90) as traffic:
         a @ b
         torch.t(a)  # a view moves nothing
-    assert traffic.operations == [(4 * (32 + 16 + 8), 2 * 4 * 8 * 2)]
+        b.copy_(b)  # read once, and written once
+    assert traffic.operations == [(4 * (32 + 16 + 8), 2 * 4 * 8 * 2), (4 * (16 + 16), 0)]

@@ -4,10 +4,12 @@
     with compiling(arch=90) as compiled: …  kernels are compiled as a launch on sm_90 would have them; nothing runs
 
 Both take the library's own host functions (on CPU tensors; on meta tensors), so that what is tested is what ships.
+`mutant` plants a fault in a copy of a module: a test that cannot find it proves nothing.
 Tied to the pinned Triton: it reaches into the interpreter, some of whose faults it mends.
 """
 
 import importlib.util
+import linecache
 import math
 import re
 import subprocess
@@ -238,18 +240,6 @@ def interpreting(arch: int = 90) -> Iterator[list[Launch]]:
         yield launches
 
 
-def planted(module, old: str, new: str, count: int, folder: Path):
-    """A copy of a module with a fault planted in its source: new, where old stands count times."""
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == count, "the source has changed: plant this fault anew"
-    path = folder / f"{Path(module.__file__).stem}_with_a_fault.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    return mutant
-
-
 # ── compile ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -382,7 +372,8 @@ class Traffic(TorchDispatchMode):
         out = function(*args, **kwargs or {})
         name = function.overloadpacket.__name__
         if not function.is_view and not name.startswith(("empty", "new_empty", "detach")):
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            read = args[1:] if name == "copy_" else args  # what it is copied over is not read
+            inputs = [t for t in tree_leaves((read, kwargs)) if isinstance(t, torch.Tensor)]
             results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
             if name in ("sum", "_to_copy"):  # the second rounds what the first has added, and reads what that wrote
                 self.partial += sum(map(_own_bytes, inputs)) * (1 if name == "sum" else 2)
@@ -394,11 +385,13 @@ class Traffic(TorchDispatchMode):
     def launch(self, kernel: JITFunction, arguments: dict) -> None:
         """Counts a Triton launch: the products of its equation, without what tiles pad."""
         tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
-        self.partial += sum(_own_bytes(t) for t in tensors.values() if t.ndim == 3 and len(t) > 1)
+        if "SLICES" in arguments:
+            self.partial += sum(_own_bytes(t) for t in tensors.values() if t.ndim == 3 and len(t) > 1)
         self._add(kernel.fn.__name__, tensors.values(), self._products(tensors, arguments))
 
     @staticmethod
     def _products(tensors: dict, arguments: dict) -> int:
+        """Operations of a LoRA kernel's products; the other kernels have none."""
         if "SLICES" not in arguments:
             return 0
         wide = tensors["X"] if "X" in tensors else tensors["P"]
@@ -426,3 +419,19 @@ def counting(arch: int) -> Iterator[Traffic]:
 
     with _standing_in(arch), mock.patch.object(JITFunction, "run", count_only), Traffic() as traffic:
         yield traffic
+
+
+# ── mutate ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def planted(module, old: str, new: str, count: int, folder: Path):
+    """A copy of a module with a fault planted in its source: new, where old stands count times."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == count, "the source has changed: plant this fault anew"
+    path = folder / f"{Path(module.__file__).stem}_with_a_fault.py"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    linecache.checkcache()  # of a fault planted in the same folder before
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
