@@ -29,7 +29,7 @@ class Library(NamedTuple):
 TORCH = ["torch==2.13.0", "safetensors==0.8.0"]  # safetensors holds the weights
 LIBRARIES = {  # by their modules in this folder
     "ours": Library("minilora", [*TORCH, "{minilora}"]),
-    "loralib_layers": Library("loralib layers", [*TORCH, "loralib==0.1.2"]),
+    "loralib_layers": Library("loralib layers", [*TORCH, "numpy==2.4.6", "loralib==0.1.2"]),  # safetensors writes with numpy
     "transformers_peft": Library("transformers + peft", [*TORCH, "transformers==5.23.0", "peft==0.21.2"]),
     "litgpt_lora": Library("litgpt", [*TORCH, "litgpt==0.5.13"]),
     "torchtune_lora": Library("torchtune", [*TORCH, "torchtune==0.6.1", "torchao==0.17.0"]),  # imports with none newer
