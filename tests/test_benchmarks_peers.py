@@ -153,7 +153,10 @@ def pip(monkeypatch, tmp_path):
         commands.run.append([str(word) for word in command])
         if "venv" in commands.run[-1]:
             Path(command[-1]).mkdir(parents=True)
-        return SimpleNamespace(returncode=commands.returncode, stderr="WARNING\nERROR: no matching distribution\n\n")
+        return SimpleNamespace(
+            returncode=commands.returncode,
+            stderr="WARNING: old\nERROR: no such version\nERROR: no matching distribution\nnotice\n",
+        )
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", run)
@@ -176,4 +179,4 @@ def test_an_environment_that_cannot_be_made_is_a_row(pip):
     pip.returncode = 1
     pythons, failed = bench_peers.environments()
     assert pythons == {}
-    assert failed[3] == {"library": "litgpt", "failed": "pip: ERROR: no matching distribution"}
+    assert failed[3] == {"library": "litgpt", "failed": "pip: ERROR: no such version; ERROR: no matching distribution"}

@@ -1,7 +1,6 @@
 """The libraries that are measured, and a virtual environment for each under a cache folder."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.protocol import ROOT
+from minilora import demo_weights
 
 SOURCES = ("minilora", "kernels", "phi3", "setup.py", "README.md")  # what pip needs to install ours
 
 
 class Library(NamedTuple):
-    """A library as the tables name it, and what pip is asked for."""
+    """A library as the tables name it, and what pip is asked for; what those need in turn is as pip finds it on the day."""
 
     name: str
     requirements: list[str]
@@ -37,9 +37,8 @@ LIBRARIES = {  # by their modules in this folder
 
 
 def cache_folder() -> Path:
-    """$MINILORA_CACHE, else minilora in the user's cache folder; there, `peers`."""
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MINILORA_CACHE") or Path(users, "minilora")) / "peers"
+    """`peers` in the cache of the demo's weights."""
+    return demo_weights.cache_folder() / "peers"
 
 
 def environment(module: str) -> Path:
@@ -61,17 +60,18 @@ def environment(module: str) -> Path:
         for name in SOURCES:  # copied, since building in place would leave files in the repository
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, Path(copy, name))
         requirements = [requirement.format(minilora=copy) for requirement in LIBRARIES[module].requirements]
-        command = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *requirements]
+        command = [python, "-m", "pip", "install", "-q", *requirements]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"pip: {last_line(done.stderr)}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise RuntimeError(f"pip: {'; '.join(errors) or last_line(done.stderr)}")
     stamp.write_text(" ".join(wanted))
     return python
 
 
 def _wanted(module: str) -> list[str]:
     """What an environment is made for, as digests: of Python and the requirements, and for ours of every source file."""
-    requirements = [sys.version, (ROOT / "constraints.txt").read_text(), *LIBRARIES[module].requirements]
+    requirements = [sys.version, *LIBRARIES[module].requirements]
     files = [file for name in SOURCES for file in (ROOT / name, *sorted((ROOT / name).glob("*.py"))) if file.is_file()]
     sources = [file.read_text(encoding="utf-8") for file in files] if module == "ours" else []
     return [hashlib.sha256("\0".join(texts).encode()).hexdigest() for texts in (requirements, sources)]
