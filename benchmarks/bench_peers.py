@@ -85,8 +85,8 @@ def plan(options: argparse.Namespace) -> Iterator[list[Case]]:
 def measure(cases: list[Case], pythons: dict[str, Path], rounds: int, folder: Path) -> list[dict]:
     """The rows of some cases, with one process for each library.
 
-    All load and take a first step; where there is no dropout, loss and gradients are compared with ours, which comes first; then
-    every round takes a step of each. A library that fails, or computes something else, has a row that says so.
+    All load and take a first step; where there is no dropout, its loss and gradients are compared with ours, which comes first;
+    then every round takes a step of each. A library that fails, or computes something else, has a row that says so.
     """
     contenders, rows = [Contender(module, python, folder) for module, python in pythons.items()], []
     ours = contenders[0]

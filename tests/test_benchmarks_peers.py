@@ -83,17 +83,16 @@ def test_a_library_that_computes_something_else_is_told_apart(tmp_path, off, tol
     names = [f"model.layers.{i}.mlp.down_proj.lora_{side}" for i in range(2) for side in "AB"]
     gradients = {name: torch.randn(4, 4) for name in names}
 
-    def ask(do, to=None):
-        """What a worker does, with one number or the last layer's gradient of one kind multiplied by `off`."""
-        if do == "check":
-            save_file({n: g * off.get(n[-16:], 1) if n.startswith("model.layers.1") else g for n, g in gradients.items()}, to)
-            return {"loss": 5.5 * off.get("loss", 1)}
-
-    reference = SimpleNamespace(row={"loss": 5.5}, gradients=tmp_path / "reference.safetensors")
-    save_file(gradients, reference.gradients)
-    contender = Contender("loralib_layers", HERE, tmp_path)
-    contender.begin(CASES[0])
-    contender.process = SimpleNamespace(ask=ask, close=lambda: None)
+    contender, reference = (Contender("loralib_layers", HERE, tmp_path / name) for name in ("theirs", "ours"))
+    for one in (contender, reference):
+        one.folder.mkdir()
+        one.begin(CASES[0])
+        one.row["loss"] = 5.5
+        save_file(gradients, one.gradients)
+    contender.row["loss"] *= off.get("loss", 1)
+    last = {name: gradient * off.get(name[-16:], 1) for name, gradient in gradients.items() if ".1." in name}
+    save_file(gradients | last, contender.gradients)
+    contender.process = SimpleNamespace(close=lambda: None)
     contender.attempt(contender.check, reference)
     assert ("failed" in contender.row) == (contender.process is None) == bool(told)
     if told:

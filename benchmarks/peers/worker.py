@@ -39,56 +39,49 @@ class Worker:
         self.r, self.config, self.start = r, read_config(folder), load_file(start)
         self.ids = self.start["input_ids"]
         self.model = self.library.build(folder, self.config, Settings(r, alpha, dropout))
-        self.restart()
-        for parameter in self.model.parameters():
-            parameter.detach().sum()  # reads every page of it, in case it is a mapped file
-        return {"trained": sum(p.numel() for p in self._trained()), "loaded": sum(p.nbytes for p in self.model.parameters())}
-
-    def restart(self) -> dict:
-        """Puts the adapters and the optimizer back to their start."""
         self.adapters = self.library.adapters(self.model, self.config)
         if len(self.adapters) * 2 != len(self.start) - 1:
             raise ValueError(f"{len(self.adapters)} projections have adapters, not {len(self.start) // 2}")
         for path, adapter in self.adapters.items():
             adapter.set(self.start[f"{path}.lora_A"], self.start[f"{path}.lora_B"])
-        self.optimizer = self.torch.optim.AdamW(self._trained(), lr=1e-4)
-        self.optimizer.zero_grad()
-        return {}
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = self.torch.optim.AdamW(trained, lr=1e-4)
+        for parameter in self.model.parameters():
+            parameter.detach().sum()  # reads every page of it, in case it is a mapped file
+        return {"trained": sum(p.numel() for p in trained), "bytes_loaded": sum(p.nbytes for p in self.model.parameters())}
 
-    def _trained(self) -> list:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def first_step(self, to: str) -> dict:
+        """A step: its loss, and by how many bytes the process grew in it; the gradients go to a file, named as their start."""
+        held = _hold()
+        loss = self._find_gradients()
+        self._write_gradients(to)
+        self._update()
+        return {"loss": loss, "bytes_of_step": _peak() - held}
 
-    def check(self, to: str) -> dict:
-        """The loss; the gradients of every A and B go to a file, by the names of their start. No step is taken."""
+    def step(self) -> dict:
+        """One step of AdamW: its wall and CPU seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._find_gradients()
+        self._update()
+        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+    def _find_gradients(self) -> float:
+        loss = self.library.loss(self.model, self.ids)
+        loss.backward()
+        return loss.item()
+
+    def _write_gradients(self, to: str) -> None:
         from safetensors.torch import save_file
 
-        loss = self._backward()
         gradients = {}
         for path, adapter in self.adapters.items():
             of_A, of_B = adapter.gradients(self.r)
             gradients |= {f"{path}.lora_A": of_A.contiguous(), f"{path}.lora_B": of_B.contiguous()}
         save_file(gradients, to)
-        self.optimizer.zero_grad()
-        return {"loss": loss}
 
-    def _backward(self) -> float:
-        loss = self.library.loss(self.model, self.ids)
-        loss.backward()
-        return loss.item()
-
-    def first_step(self) -> dict:
-        """A step, and by how many bytes the process grew in it, over what it held before."""
-        held = _hold()
-        return self.step() | {"peak": _peak() - held}
-
-    def step(self) -> dict:
-        """One step of AdamW: its loss, and its wall and CPU seconds."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = self._backward()
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return {"wall": wall, "cpu": cpu, "loss": loss}
 
     def floor(self) -> dict:
         """Wall and CPU seconds of the frozen products alone."""
