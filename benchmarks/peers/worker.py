@@ -6,6 +6,8 @@ Once the library is imported it says what CPU time the process has taken; from t
 Worker and its arguments, and answers with what that returns, or with {"error": …}.
 """
 
+import contextlib
+import csv
 import ctypes
 import gc
 import importlib
@@ -94,8 +96,12 @@ class Worker:
     def installed(self, names: list[str]) -> dict:
         """How many distributions this environment has, the bytes of their files, and the versions of those named."""
         found = {d.name.lower(): d for d in distributions() if d.name.lower() not in OF_VENV}
-        paths = {Path(d.locate_file(file)) for d in found.values() for file in d.files or ()}
-        total = sum(path.stat().st_size for path in paths if path.is_file())
+        total = 0
+        for d in found.values():
+            site = str(d.locate_file(""))
+            for path, *_ in csv.reader((d.read_text("RECORD") or "").splitlines()):
+                with contextlib.suppress(FileNotFoundError):  # compiled files may be gone
+                    total += os.stat(os.path.join(site, path)).st_size
         versions = {name: found[name].version for name in names}
         return {"distributions": len(found), "bytes_installed": total, "versions": versions}
 
