@@ -76,9 +76,7 @@ def plan(options: argparse.Namespace) -> Iterator[list[Case]]:
                 yield from ([Case(model, tokens, dropout, threads)] for dropout in options.dropouts)
         if "growth" in options.models:
             base = Case("4 layers", threads=threads)
-            changes = (
-                [{"tokens": n} for n in (64, 1024)] + [{"r": n} for n in (4, 64)] + [{"model": f"{n} layers"} for n in (2, 8)]
-            )
+            changes = {"tokens": 64}, {"tokens": 1024}, {"r": 64}, {"model": "8 layers"}
             yield [base, *(dataclasses.replace(base, **change) for change in changes)]
 
 

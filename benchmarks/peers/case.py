@@ -22,7 +22,7 @@ MODELS = {
     "small": SMALL,  # 134,515,008 parameters: the shape of SmolLM2-135M
     "slice": phi3.Phi3Config(num_hidden_layers=2, original_max_position_embeddings=4096),  # of Phi-3-mini's true widths
     "tiny": tiny_config(original_max_position_embeddings=1024),
-} | {f"{n} layers": dataclasses.replace(NARROW, num_hidden_layers=n) for n in (2, 4, 8)}
+} | {f"{n} layers": dataclasses.replace(NARROW, num_hidden_layers=n) for n in (4, 8)}
 BATCH, ALPHA, SEED = 2, 32, 0
 
 
