@@ -1,0 +1,28 @@
+"""minilora: its decoder with its adapters."""
+
+from side import TARGETS, Adapter, Settings
+from torch import Tensor, nn
+
+from minilora import phi3
+from minilora.config import LoraConfig
+from minilora.injection import inject
+from minilora.layers import adapted_layers
+from minilora.trainable import mark_only_lora_as_trainable
+
+
+def build(folder: str, config: dict, settings: Settings) -> nn.Module:
+    """The model of a checkpoint folder in training mode, its base frozen, with adapters on all projections."""
+    model = phi3.load(folder)
+    inject(model, LoraConfig(settings.r, settings.alpha, settings.dropout, target_modules=list(TARGETS)))
+    mark_only_lora_as_trainable(model)
+    return model.train()
+
+
+def adapters(model: nn.Module, config: dict) -> dict[str, Adapter]:
+    """The adapter of each projection, by its path in the checkpoint."""
+    return {path: Adapter([layer.lora_A], [layer.lora_B]) for path, layer in adapted_layers(model).items()}
+
+
+def loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean loss of foretelling each token of ids (B, T) from those before it."""
+    return model(ids, labels=ids)
