@@ -1,9 +1,11 @@
-"""A 4-bit base beside a plain one: memory against transformers, PEFT and bitsandbytes, and what fine-tuning loses by it.
+"""A 4-bit base beside a plain one: memory against transformers, PEFT and bitsandbytes, what its products cost on a CPU, and what
+fine-tuning loses by it.
 
 On the embedded model, in float32: `python -m benchmarks qlora`. Phi-3-mini at its true size is in bench_qlora_true_size.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,14 +17,17 @@ import torch
 
 import minilora as lora
 from benchmarks import protocol
+from benchmarks.bench_lora_linear import LAYERS
 from minilora import demo, demo_task, demo_weights, phi3
 from minilora.data import Example
+from minilora.kernels.nf4_tensor import NF4Tensor
 
 SIDES = ("minilora", "transformers + peft + bitsandbytes")
 MEASURES = ("load", "train")
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SETTINGS = {"r": 16, "lora_alpha": 16, "target_modules": TARGETS}
 TOKENS = 64  # of the training step
+ROWS, ROUNDS = 512, 9  # of x, and of the timing of products
 PROSE = 2048  # tokens of the README that the base's perplexity is found on
 WAYS = {  # quantize, and how the adapter starts
     "16-bit base": (None, True),
@@ -32,9 +37,39 @@ WAYS = {  # quantize, and how the adapter starts
 
 
 def main() -> None:
-    """Both parts, minutes each on two CPU cores."""
+    """All parts, minutes each on two CPU cores."""
     folder = demo_weights.obtain()
-    protocol.write("qlora", [*memory(folder, dict.fromkeys(SIDES, "float32")), *quality(folder)])
+    protocol.write("qlora", [*products(), *memory(folder, dict.fromkeys(SIDES, "float32")), *quality(folder)])
+
+
+# Products
+
+
+def products() -> list[dict]:
+    """For each layer of Phi-3-mini the time of its frozen products in float32, of a 4-bit weight over that of a plain one."""
+    rows = []
+    for layer, (N, K) in LAYERS.items():
+        W = torch.randn(N, K) / 50
+        quantized = NF4Tensor.quantize(W)
+        forward, dX = (
+            _medians([(torch.randn(ROWS, size), plain), (torch.randn(ROWS, size), four_bit)])
+            for size, plain, four_bit in ((K, W.t(), quantized.t()), (N, W, quantized))
+        )
+        rows.append({"part": "products", "layer": layer, "rows": ROWS, "forward": forward[1] / forward[0], "dX": dX[1] / dX[0]})
+        rows[-1]["both"] = (forward[1] + dX[1]) / (forward[0] + dX[0])
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _medians(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """Seconds of each product, in rounds that take turns; the first round is a warm-up."""
+    seconds = [[] for _ in factors]
+    for _ in range(ROUNDS + 1):
+        for found, (left, right) in zip(seconds, factors, strict=True):
+            started = time.perf_counter()
+            torch.mm(left, right)
+            found.append(time.perf_counter() - started)
+    return [statistics.median(found[1:]) for found in seconds]
 
 
 # Memory
