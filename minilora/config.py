@@ -247,6 +247,7 @@ class RunConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
     peft: LoraConfig = field(default_factory=LoraConfig)
     bf16: bool | None = None  # weights in bfloat16; None: on CUDA yes, elsewhere no
+    fsdp: bool = False  # the frozen base is split over torchrun's processes: minilora.distributed.shard_base
     load_in_4bit: bool = False  # the base's projections become 4-bit NF4 weights: "QLoRA"
     bnb_4bit_compute_dtype: Compute | None = None  # the same as bf16, in the words of transformers' BitsAndBytesConfig
     assistant_only_loss: bool = True  # the loss is on the assistant's turns; otherwise on every token
@@ -269,7 +270,7 @@ class RunConfig:
 
 # Keys of RunConfig, by the table that holds them.
 RUN_KEYS = {
-    "training": ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir"),
+    "training": ("bf16", "fsdp", "assistant_only_loss", "output_dir", "overwrite_output_dir"),
     "quantization": ("load_in_4bit", "bnb_4bit_compute_dtype"),
 }
 # Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.
