@@ -55,6 +55,9 @@ Example:
 OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
 Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on, and ends as if nothing had happened.
 
+Several GPUs or machines: torchrun --nproc-per-node 8 -m minilora train … takes per_device_train_batch_size conversations on
+each of them a batch; training.fsdp=true splits a base that one cannot hold.
+
 Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):
 """
 )

@@ -67,9 +67,9 @@ def train(args: Namespace) -> None:
         print(f"resumed from {checkpoint}")
     base = args.model
     if rank() == 0:
-        for earlier in () if checkpoint else (*find_checkpoints(output), output / "base"):  # which overwrite_output_dir gives up
-            if earlier.exists():
-                remove_folder(earlier)
+        given_up = () if checkpoint else (*find_checkpoints(output), output / "base")  # by overwrite_output_dir
+        for earlier in filter(Path.exists, given_up):
+            remove_folder(earlier)
         base = _base_of(args, model, output)
     wait_for_all()
     result = lora.train(model, dataset, training, eval_dataset, output, base=base, resume=checkpoint or False)

@@ -70,8 +70,8 @@ def joined() -> Iterator[None]:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise ConnectionError(
-                f"another process has ended or does not answer, and so this one stops too ({str(error).partition('. ')[0]}). What "
-                "is saved is whole: see what that process told, and go on with --resume"
+                f"another process has ended or does not answer, and so this one stops too ({str(error).partition('. ')[0]}). "
+                "What is saved is whole: see what that process told, and go on with --resume"
             ) from None
     dist.destroy_process_group()  # not after an error: what is under way with a lost process would never end
 

@@ -144,7 +144,7 @@ def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """What a process draws dropout from in a step: no state of a generator has to outlive it."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((seed % 2**64, step, rank)).generate_state(1, np.uint64)[0])  # it takes no negative one
 
 
 def total_steps(examples: int, config: TrainConfig) -> int:

@@ -18,12 +18,13 @@ from helpers import examples, tiny_config, tiny_model
 import minilora as lora
 from minilora import training
 from minilora.distributed import broadcast, in_turn, joined, of_this_rank, rank, sum_gradients, summed, world_size
+from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.recorder import Recorder
 
 DATA, HELD_OUT = examples(9), examples(12)[9:]  # 9 in batches of 4: of the last one no second process gets any
 SETTINGS = {
     "learning_rate": 1e-2, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "save_steps": 2, "save_total_limit": 9,
-    "weight_decay": 0.1, "eval_steps": 2, "load_best_model_at_end": True,
+    "weight_decay": 0.1, "eval_steps": 2,
 }  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def train(folder: Path, resume=False, shard=False, dropout=0.0, data=DATA, **set
     if shard:
         in_turn(lambda: lora.shard_base(model))
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        kept = [parameter for module in model.lora_adapters.base.values() for parameter in module.parameters()]
+        assert all(hasattr(parameter, "to_local") for parameter in kept)  # no whole weight is kept alive
         parts = sum(parameter.to_local().numel() for parameter in frozen), sum(parameter.numel() for parameter in frozen)
     result = lora.train(model, data, lora.TrainConfig(**settings), HELD_OUT, folder, progress=False, resume=resume)
     told = {name: tensor.sum().item() for name, tensor in lora.lora_state_dict(model).items()}
@@ -52,7 +55,13 @@ def small_laws(folder: Path):
     broadcast(here.parameters())
     sum_gradients(here.parameters())
     gradients = here.weight.grad.unique().tolist() + here.bias.grad.unique().tolist()
-    return [gradients, here.weight.unique().tolist(), summed(1.0, rank()), of_this_rank([0, 1, 2]), of_this_rank([0])]
+    weight = torch.nn.Parameter(NF4Tensor.quantize(torch.randn(64, 64)), requires_grad=False)
+    here.register_parameter("rounded", weight)
+    try:
+        lora.shard_base(here)
+    except ValueError as error:
+        refused = str(error)
+    return [refused, gradients, here.weight.unique().tolist(), summed(1.0, rank()), of_this_rank([0, 1, 2]), of_this_rank([0])]
 
 
 def only_rank_0_writes(folder: Path):
@@ -66,7 +75,7 @@ def only_rank_0_writes(folder: Path):
 
     if rank():
         sys.addaudithook(note)
-    train(folder, max_steps=2)
+    train(folder, max_steps=3)
     return touched
 
 
@@ -142,6 +151,7 @@ def main(place: Path) -> None:
         "four": run(place / "four", 4, train),
         "split": run(place / "split", 2, train, shard=True),
         "infinite": run(place / "infinite", 2, is_infinite),
+        "best": run(place / "best", 2, train, load_best_model_at_end=True, learning_rate=1.0),
         "laws": run(place / "laws", 2, small_laws),
         "writes": run(place / "writes", 2, only_rank_0_writes),
         "dies": run(place / "dies", 2, dies),
