@@ -218,8 +218,8 @@ class TrainConfig:
     warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
     num_train_epochs: float = 1.0  # passes over the data
     max_steps: int = -1  # takes so many steps, whatever the epochs; -1 leaves it to the epochs
-    per_device_train_batch_size: int = 8  # conversations
-    per_device_eval_batch_size: int = 8  # conversations
+    per_device_train_batch_size: int = 8  # conversations that each process takes of a batch
+    per_device_eval_batch_size: int = 8  # likewise
     gradient_accumulation_steps: int = 1  # batches a step
     max_seq_length: int = 2048  # tokens that a conversation may have, and that a packed row has at most
     packing: bool = False  # conversations share rows of max_seq_length tokens, apart from one another; a batch counts rows

@@ -28,7 +28,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def train(folder: Path, resume=False, shard=False, dropout=0.0, data=DATA, **settings):
+def train(folder: Path, resume=False, shard=False, dropout=0.0, **settings):
     """A run whose batches have four conversations, however many processes there are."""
     torch.manual_seed(rank())  # another start on each: that of rank 0 counts
     model = tiny_model(tiny_config())
@@ -42,7 +42,7 @@ def train(folder: Path, resume=False, shard=False, dropout=0.0, data=DATA, **set
         kept = [parameter for module in model.lora_adapters.base.values() for parameter in module.parameters()]
         assert all(hasattr(parameter, "to_local") for parameter in kept)  # no whole weight is kept alive
         parts = sum(parameter.to_local().numel() for parameter in frozen), sum(parameter.numel() for parameter in frozen)
-    result = lora.train(model, data, lora.TrainConfig(**settings), HELD_OUT, folder, progress=False, resume=resume)
+    result = lora.train(model, DATA, lora.TrainConfig(**settings), HELD_OUT, folder, progress=False, resume=resume)
     told = {name: tensor.sum().item() for name, tensor in lora.lora_state_dict(model).items()}
     return {"log": result.log, "adapter": told, "parts": parts}
 
@@ -51,7 +51,7 @@ def small_laws(folder: Path):
     """What the collectives give."""
     here = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(here.weight, rank())
-    here.weight.grad, here.bias.grad = torch.full((2, 2), 1.0 + rank()), torch.full((2,), 10.0, dtype=torch.float32)
+    here.weight.grad, here.bias.grad = torch.full((2, 2), 1.0 + rank()), torch.full((2,), 10.0)
     broadcast(here.parameters())
     sum_gradients(here.parameters())
     gradients = here.weight.grad.unique().tolist() + here.bias.grad.unique().tolist()
