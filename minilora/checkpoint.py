@@ -1,7 +1,7 @@
 """A run on disk, to go on from as if it had never ended: `checkpoint-STEP/` in its output folder, in safetensors and JSON.
 
     adapter_config.json, adapter_model.safetensors   the adapter, which load_adapter, PEFT and the command line read as any other
-    training_state.safetensors                       AdamW's moments by parameter, and the states of torch's random generators
+    training_state.safetensors                       AdamW's moments by parameter
     training_state.json                              the run's fingerprint, schedule, place in the data, steps, tokens and log
 
 A checkpoint is there whole or not at all, and earlier ones are removed after the new one is whole.
@@ -12,7 +12,6 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -85,14 +84,14 @@ def save_checkpoint(
         save_adapter(model, new, base)
         (new / STATE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         try:
-            save_file(moments | _generators(model), new / STATE_TENSORS)
+            save_file(moments, new / STATE_TENSORS)
         except SafetensorError as error:
             raise OSError(f"{folder} could not be written ({error}); earlier checkpoints are untouched") from None
         shutil.copymode(new / STATE, new / STATE_TENSORS)  # safetensors writes files that only their owner reads
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer, schedule, fingerprint: dict) -> dict:
-    """Puts model, optimizer, schedule and random generators into the state that was saved; returns the progress.
+    """Puts model, optimizer and schedule into the state that was saved; returns the progress.
 
     Raises:
         ValueError: the run is another one (every difference is named), or the checkpoint is broken. Nothing has changed then.
@@ -113,15 +112,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer, schedule, fingerp
     state = {index: _under(f"optimizer.{name}.", tensors) for index, name in enumerate(names)}
     optimizer.load_state_dict({"state": state, "param_groups": of_groups})
     schedule.load_state_dict(of_schedule)
-    torch.set_rng_state(tensors["generator.cpu"])
-    for index, device in enumerate(_cuda_devices(model)):
-        torch.cuda.set_rng_state(tensors[f"generator.cuda.{index}"], device)
     return progress
 
 
 def _misshapen(tensors: dict[str, Tensor], model: nn.Module, names: list[str]) -> list[str]:
-    """Generators' states and moments that do not fit; AdamW has none of a parameter that never had a gradient."""
-    expected = {name: state.shape for name, state in _generators(model).items()}
+    """Moments that do not fit; AdamW has none of a parameter that never had a gradient."""
+    expected = {}
     for name in names:
         moments = _under(f"optimizer.{name}.", tensors)
         shape = model.get_parameter(name).shape
@@ -138,13 +134,3 @@ def _trained(model: nn.Module, optimizer) -> list[str]:
     """The names of the optimizer's parameters, in its order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _generators(model: nn.Module) -> dict[str, Tensor]:
-    """The states of the random generators that training draws from."""
-    cuda = {f"generator.cuda.{index}": torch.cuda.get_rng_state(device) for index, device in enumerate(_cuda_devices(model))}
-    return {"generator.cpu": torch.get_rng_state()} | cuda
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)

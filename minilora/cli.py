@@ -55,6 +55,9 @@ Example:
 OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
 Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on, and ends as if nothing had happened.
 
+Several GPUs or machines: torchrun --nproc-per-node 8 -m minilora train … takes per_device_train_batch_size conversations on
+each of them a batch; training.fsdp=true splits a base that one cannot hold.
+
 Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):
 """
 )
@@ -239,19 +242,19 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import torch  # after parsing, so that --help and a mistyped option answer at once
 
-    from minilora import commands
+    from minilora import commands, distributed
 
     try:
         getattr(commands, args.command.replace(" ", "_"))(args)  # "data show"
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"minilora {args.command}: {error}", file=sys.stderr)
+        print(f"minilora {args.command}{distributed.title()}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # what torch says of a CPU that has no more
             raise
-        print(f"minilora {args.command}: out of memory: {error}", file=sys.stderr)
+        print(f"minilora {args.command}{distributed.title()}: out of memory: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\nminilora {args.command}: {error if str(error) else 'stopped'}", file=sys.stderr)
+        print(f"\nminilora {args.command}{distributed.title()}: {error if str(error) else 'stopped'}", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 0

@@ -17,6 +17,7 @@ from minilora.adapter import read_adapter_config
 from minilora.checkpoint import find_checkpoints, find_resumed
 from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config
 from minilora.data import shuffled_batches
+from minilora.distributed import in_turn, joined, rank, wait_for_all, world_size
 from minilora.export import export_adapter
 from minilora.files import remove_folder
 from minilora.injection import find_targets
@@ -40,6 +41,7 @@ def demo(args: Namespace) -> None:
     run(args.output, args.model and _checkpoint(args, phi3.CHECKPOINT_FILES), args.max_steps, args.quantize)
 
 
+@joined()
 def train(args: Namespace) -> None:
     run = read_run_config(args.config, args.set)
     training = replace(run.training, detect_anomaly=run.training.detect_anomaly or args.detect_anomaly)
@@ -59,19 +61,17 @@ def train(args: Namespace) -> None:
         held_out += gather(args.eval_data, run.training.seed)[0]
         eval_dataset = prepare(held_out, tokenizer, run, args.drop_long)
         print(f"{count_shared(held_out, conversations)} of them are trained on too")
-    model = _load(args, bf16=run.bf16)
-    torch.manual_seed(run.training.seed)  # lora_A starts at random
-    dtype = None if args.adapter_dtype == "model" else torch.float32
-    original = phi3.Checkpoint(args.model, args.revision).tensor if run.peft.init_lora_weights == "loftq" else None
-    lora.inject(model, run.peft, dtype, original=original)
-    lora.mark_only_lora_as_trainable(model)
-    print(describe_adapter(model, run.peft))
+    make = partial(_adapted, args, run)
+    model = in_turn(make) if run.fsdp else make()
     if checkpoint:
         print(f"resumed from {checkpoint}")
-    else:
-        for earlier in filter(Path.exists, (*find_checkpoints(output), output / "base")):  # which overwrite_output_dir gives up
+    base = args.model
+    if rank() == 0:
+        given_up = () if checkpoint else (*find_checkpoints(output), output / "base")  # by overwrite_output_dir
+        for earlier in filter(Path.exists, given_up):
             remove_folder(earlier)
-    base = _base_of(args, model, output)
+        base = _base_of(args, model, output)
+    wait_for_all()
     result = lora.train(model, dataset, training, eval_dataset, output, base=base, resume=checkpoint or False)
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
@@ -82,6 +82,21 @@ def train(args: Namespace) -> None:
         told = best_evaluation(result.log) if training.load_best_model_at_end else result.log[-1]
         print(f"evaluation: loss {told['eval_loss']:.4f}, perplexity {told['eval_perplexity']:.2f}, at step {told['step']}")
     print(f"wrote {output / 'adapter'} and {output / 'log.jsonl'}")
+
+
+def _adapted(args: Namespace, run: RunConfig) -> phi3.Phi3ForCausalLM:
+    """The base with a fresh adapter, which alone is to learn; split over the processes if the run says so."""
+    model = _load(args, bf16=run.bf16, home="cpu" if run.fsdp else None)
+    torch.manual_seed(run.training.seed)  # lora_A starts at random
+    dtype = None if args.adapter_dtype == "model" else torch.float32
+    original = phi3.Checkpoint(args.model, args.revision).tensor if run.peft.init_lora_weights == "loftq" else None
+    lora.inject(model, run.peft, dtype, original=original)
+    lora.mark_only_lora_as_trainable(model)
+    print(describe_adapter(model, run.peft))
+    if run.fsdp:
+        lora.shard_base(model, _device(args.device).partition(":")[0])
+        print(f"the base is split over {world_size()} processes")
+    return model
 
 
 def _output_of_training(args: Namespace, run: RunConfig) -> Path:
@@ -114,6 +129,7 @@ def _base_of(args: Namespace, model: phi3.Phi3ForCausalLM, output: Path) -> str:
     return str(base)
 
 
+@joined()
 def eval(args: Namespace) -> None:
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
     if args.batch_size < 1:
@@ -339,10 +355,14 @@ def load_model(
     bf16: bool | None = None,
     revision: str | None = None,
     quantize: str | None = None,
+    home: str | None = None,
 ) -> phi3.Phi3ForCausalLM:
-    """Loads a checkpoint where and as the command line says, and prints both."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Loads a checkpoint where and as the command line says, and prints both.
+
+    Args:
+        home: where the weights lie until they are split over the devices; the device itself when None.
+    """
+    device = _device(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -352,13 +372,18 @@ def load_model(
         dtype = "bfloat16" if bf16 else "float32"
     elif bf16 is not None and (dtype == "bfloat16") != bf16:
         raise ValueError(f"--dtype {dtype} and bf16 = {str(bf16).lower()} in [training] contradict one another")
-    model = phi3.load(path, getattr(torch, dtype), device, revision, quantize)
+    model = phi3.load(path, getattr(torch, dtype), home or device, revision, quantize)
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
     print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}")
     if phi3.quantized_weights(model):
         print(describe_base(model))
     print(f"kernels: {backend.describe(torch.device(device), getattr(torch, dtype))}")
     return model
+
+
+def _device(device: str) -> str:
+    """The device that --device means; of several processes each has a current GPU of its own."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def describe_base(model: phi3.Phi3ForCausalLM) -> str:
@@ -394,8 +419,8 @@ def _checkpoint(args: Namespace, files: Iterable[str] = phi3.TEXT_FILES) -> Path
     return folder
 
 
-def _load(args: Namespace, bf16: bool | None = None) -> phi3.Phi3ForCausalLM:
-    model = load_model(args.model, args.device, args.dtype, bf16, args.revision, args.quantize)
+def _load(args: Namespace, bf16: bool | None = None, home: str | None = None) -> phi3.Phi3ForCausalLM:
+    model = load_model(args.model, args.device, args.dtype, bf16, args.revision, args.quantize, home)
     if getattr(args, "adapter", None):
         lora.load_adapter(model, args.adapter)
         print(f"adapter {args.adapter}: {_settings(model.lora_config)}")

@@ -218,8 +218,8 @@ class TrainConfig:
     warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
     num_train_epochs: float = 1.0  # passes over the data
     max_steps: int = -1  # takes so many steps, whatever the epochs; -1 leaves it to the epochs
-    per_device_train_batch_size: int = 8  # conversations
-    per_device_eval_batch_size: int = 8  # conversations
+    per_device_train_batch_size: int = 8  # conversations that each process takes of a batch
+    per_device_eval_batch_size: int = 8  # likewise
     gradient_accumulation_steps: int = 1  # batches a step
     max_seq_length: int = 2048  # tokens that a conversation may have, and that a packed row has at most
     packing: bool = False  # conversations share rows of max_seq_length tokens, apart from one another; a batch counts rows
@@ -247,6 +247,7 @@ class RunConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
     peft: LoraConfig = field(default_factory=LoraConfig)
     bf16: bool | None = None  # weights in bfloat16; None: on CUDA yes, elsewhere no
+    fsdp: bool = False  # the frozen base is split over torchrun's processes: minilora.distributed.shard_base
     load_in_4bit: bool = False  # the base's projections become 4-bit NF4 weights: "QLoRA"
     bnb_4bit_compute_dtype: Compute | None = None  # the same as bf16, in the words of transformers' BitsAndBytesConfig
     assistant_only_loss: bool = True  # the loss is on the assistant's turns; otherwise on every token
@@ -269,7 +270,7 @@ class RunConfig:
 
 # Keys of RunConfig, by the table that holds them.
 RUN_KEYS = {
-    "training": ("bf16", "assistant_only_loss", "output_dir", "overwrite_output_dir"),
+    "training": ("bf16", "fsdp", "assistant_only_loss", "output_dir", "overwrite_output_dir"),
     "quantization": ("load_in_4bit", "bnb_4bit_compute_dtype"),
 }
 # Keys of the cookbook's dictionaries that leave nothing to decide here, and the values that they may have.

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilora.conversations import Conversation, Message, raise_all
+from minilora.distributed import rank
 from minilora.kernels.cross_entropy import IGNORE
 
 
@@ -49,7 +50,7 @@ def encode_conversations(
     # Nothing is cached on disk: two CPU cores tokenise 1e6 tokens a second of single questions and 4e5 of four-turn chats by the
     # tokenizer of Phi-3-mini, and train the demo's model on 220.
     taken, examples, faults = [], [], []
-    for conversation in tqdm(conversations, desc="tokenise", unit="conversation", leave=False, delay=1):
+    for conversation in tqdm(conversations, desc="tokenise", unit="conversation", leave=False, delay=1, disable=rank() > 0):
         try:
             ids, mask = tokenizer.encode_chat(conversation.messages)
         except ValueError as error:
@@ -70,6 +71,11 @@ def too_long(conversations: Sequence[Conversation], examples: Sequence[Example],
     found = [f"{source}: {length} tokens" for source, length in lengths if length > max_length]
     count = f"{len(found)} of {len(examples)} conversations are longer than {max_length} tokens, and none is cut: "
     return [count + "raise the limit, shorten them, or choose to leave them out", *found] if found else []
+
+
+def count_targets(examples: Sequence[Example]) -> int:
+    """The tokens that a loss is on: those learnt, but a row's first, which nothing foretells."""
+    return sum(sum(example.mask[1:]) for example in examples)
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minilora.data import Example, collate
-from minilora.kernels.cross_entropy import IGNORE
+from minilora.data import Example, collate, count_targets
+from minilora.distributed import of_this_rank, rank, summed, world_size
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Evaluation:
 def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 8, progress: bool = True) -> Evaluation:
     """Evaluates in eval mode and gives the model back in the mode that it had; every token weighs the same.
 
+    Several processes share the work, and all get the result.
+
     Args:
         model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does.
 
@@ -35,16 +37,17 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 8,
         raise ValueError("evaluation needs at least one conversation")
     device = next(model.parameters()).device
     by_length = sorted(examples, key=lambda example: len(example.ids))  # less padding
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    total, tokens, was_training = 0.0, 0, model.training
+    size = batch_size * world_size()
+    batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    total, was_training = 0.0, model.training
     model.eval()
     try:
-        for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=not progress):
-            tensors = collate(batch)
-            count = int((tensors["labels"][:, 1:] != IGNORE).sum())
-            total += model(**{name: tensor.to(device) for name, tensor in tensors.items()}).item() * count
-            tokens += count
+        for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=not progress or rank() > 0):
+            part, counts = of_this_rank(batch)
+            tensors = {name: tensor.to(device) for name, tensor in collate(part).items()}
+            total += model(**tensors).item() * count_targets(part) * counts
     finally:
         model.train(was_training)
-    loss = total / tokens
+    tokens = count_targets(examples)
+    loss = summed(total)[0] / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)), tokens)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from minilora.config import TrainConfig
 from minilora.data import Example
+from minilora.distributed import train_batch_size
 from minilora.kernels.nf4_tensor import NF4Tensor
 
 HARMLESS = {"logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly"}  # of TrainConfig
+BATCH = "per_device_train_batch_size"  # which counts together with the number of processes
 ELEMENTS = 1024  # of each frozen tensor that are read
 SHOWN = 20  # differences spelled out before the rest is only counted
 
@@ -25,11 +27,15 @@ SHOWN = 20  # differences spelled out before the rest is only counted
 def fingerprint(
     model: nn.Module, config: TrainConfig, dataset: Sequence[Example], eval_dataset: Sequence[Example] | None = None
 ) -> dict[str, object]:
-    """A run's settings, adapter, frozen tensors and data, by flat names; what JSON can hold."""
+    """A run's settings, adapter, frozen tensors and data, by flat names; what JSON can hold.
+
+    Every process of a group must ask for it where the base is split over them.
+    """
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     parts = {
-        "training": {name: value for name, value in asdict(config).items() if name not in HARMLESS},
+        "training": {name: value for name, value in asdict(config).items() if name not in {*HARMLESS, BATCH}}
+        | {f"{BATCH} × processes": train_batch_size(config)},
         "peft": asdict(model.lora_config) if hasattr(model, "lora_config") else {},
         "device": {"types": sorted(device.type for device in {tensor.device for tensor in tensors.values()})},
         "data": _of_examples(dataset),
@@ -58,13 +64,16 @@ def _of_frozen(tensor: Tensor) -> str:
     """Dtype, shape and a hash of elements spread evenly over the tensor: gigabytes are told apart by megabytes."""
     if isinstance(tensor, NF4Tensor):
         return " ".join(map(_of_frozen, tensor.parts))
+    if hasattr(tensor, "full_tensor"):  # a DTensor, of a base that is split: minilora.distributed.shard_base
+        tensor = tensor.full_tensor()
     flat = tensor.detach().flatten()
     step = max(1, len(flat) // ELEMENTS) | 1  # odd, so that it does not stay in one column of a matrix as wide as a power of two
     return f"{_kind(tensor)} {hashlib.sha256(_bytes(flat[::step])).hexdigest()[:16]}"
 
 
 def _bytes(values: Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    copied = values.clone(memory_format=torch.contiguous_format)  # numpy() pins memory, and FSDP must free what it gathered
+    return copied.view(torch.uint8).cpu().numpy().tobytes()
 
 
 def differences(was: dict[str, object], now: dict[str, object]) -> list[str]:

@@ -15,6 +15,7 @@ from minilora.adapter import load_adapter, save_adapter
 from minilora.checkpoint import checkpoint_folder, find_checkpoints, load_checkpoint, save_checkpoint
 from minilora.config import TrainConfig
 from minilora.data import Example
+from minilora.distributed import broadcast, rank, train_batch_size, wait_for_all
 from minilora.evaluation import evaluate
 from minilora.files import remove_folder, remove_leftovers, write_file
 from minilora.fingerprint import fingerprint
@@ -60,6 +61,11 @@ class Recorder:
         """What the run's checkpoints are known by."""
         return fingerprint(self.model, self.config, self.dataset, self.eval_dataset)
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes: there is an output_dir, and it is rank 0."""
+        return self.output_dir is not None and rank() == 0
+
     # Beginning and end
 
     def start(self, checkpoint: Path | None) -> tuple[int, int]:
@@ -69,7 +75,7 @@ class Recorder:
             progress = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule, self.fingerprint)
             self.result, self.recent, place = TrainResult(**progress["result"]), progress["recent"], progress["place"]
             self._check_best_is_there(checkpoint)
-        if self.output_dir:
+        if self.writes:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             for name in ("log.jsonl", "checkpoint-*", "adapter"):
                 remove_leftovers(self.output_dir, name)
@@ -80,12 +86,15 @@ class Recorder:
         """Saves the adapter; that of the best evaluation if the config asks for it, which the model then has too."""
         best = self.config.load_best_model_at_end and self._best_step()
         if best and best != self.result.steps:
-            load_adapter(self.model, checkpoint_folder(self.output_dir, best), adapter_name=adapters_of(self.model).active)
+            if self.writes:  # the others may be on a machine without that folder
+                load_adapter(self.model, checkpoint_folder(self.output_dir, best), adapter_name=adapters_of(self.model).active)
+            broadcast(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self.save_adapter()
 
     def save_adapter(self) -> None:
-        if self.output_dir:
+        if self.writes:
             save_adapter(self.model, self.output_dir / "adapter", self.base)
+        wait_for_all()
 
     # Steps
 
@@ -132,7 +141,7 @@ class Recorder:
 
     def _log(self, line: dict) -> None:
         self.result.log.append(line)
-        if self.output_dir:
+        if self.writes:
             with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -150,15 +159,18 @@ class Recorder:
         config, step = self.config, self.result.steps
         best = config.load_best_model_at_end and self._best_step() == step
         if self.output_dir and (now or best or (config.save_steps and step % config.save_steps == 0)):
-            self._save_checkpoint(checkpoint_folder(self.output_dir, step))
+            fingerprint = self.fingerprint  # which all processes find together
+            if self.writes:
+                self._save_checkpoint(checkpoint_folder(self.output_dir, step), fingerprint)
+            wait_for_all()
 
-    def _save_checkpoint(self, folder: Path) -> None:
+    def _save_checkpoint(self, folder: Path, fingerprint: dict) -> None:
         """Saves one, and then removes those before it but the latest save_total_limit and the best."""
         result, config = self.result, self.config
-        batches_an_epoch = math.ceil(len(self.dataset) / config.per_device_train_batch_size)
+        batches_an_epoch = math.ceil(len(self.dataset) / train_batch_size(config))
         place = divmod(result.steps * config.gradient_accumulation_steps, batches_an_epoch)  # epoch and batch that come next
         progress = {"place": place, "recent": self.recent, "result": asdict(result)}
-        save_checkpoint(folder, self.model, self.optimizer, self.schedule, self.fingerprint, progress, self.base)
+        save_checkpoint(folder, self.model, self.optimizer, self.schedule, fingerprint, progress, self.base)
         found = find_checkpoints(self.output_dir)
         old = found[: found.index(folder) + 1][: -config.save_total_limit]
         best = config.load_best_model_at_end and checkpoint_folder(self.output_dir, self._best_step())
@@ -172,7 +184,7 @@ class Recorder:
 
     def _check_best_is_there(self, checkpoint: Path) -> None:
         best = self.config.load_best_model_at_end and self._best_step()
-        if best and checkpoint_folder(self.output_dir, best) not in find_checkpoints(self.output_dir):
+        if self.writes and best and checkpoint_folder(self.output_dir, best) not in find_checkpoints(self.output_dir):
             raise FileNotFoundError(
                 f"{checkpoint} needs the best one, checkpoint-{best}, in {self.output_dir}: copy it there too"
             )

@@ -1,12 +1,14 @@
 """The training loop: batches, loss on the assistant's tokens, AdamW on the adapter, a log, and checkpoints on the way."""
 
 import math
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -14,9 +16,9 @@ from tqdm import tqdm
 from minilora.adapter import check_replaceable
 from minilora.checkpoint import checkpoint_folder, find_checkpoints, find_resumed
 from minilora.config import TrainConfig
-from minilora.data import Example, collate, shuffled_batches
+from minilora.data import Example, collate, count_targets, shuffled_batches
+from minilora.distributed import broadcast, largest, of_this_rank, rank, sum_gradients, summed, train_batch_size
 from minilora.interruption import Interrupted, deferred_signals
-from minilora.kernels.cross_entropy import IGNORE
 from minilora.loraplus import parameter_groups
 from minilora.numerics import named_anomalies
 from minilora.packing import pack
@@ -37,7 +39,8 @@ def train(
     """Trains whatever parameters of the model ask for gradients; the same seed on the same machine ends bitwise the same.
 
     A step's gradient is that of the mean loss over all target tokens of its batches, however they are split. A run that was
-    ended at any moment and is resumed ends bitwise as one that was not.
+    ended at any moment and is resumed ends bitwise as one that was not. In a process group (minilora.distributed) its processes
+    share each batch of per_device_train_batch_size times their number, and rank 0 writes.
 
     Args:
         model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does; with config.packing also given an
@@ -62,20 +65,22 @@ def train(
     checkpoint = find_resumed(resume, output_dir) if resume else None
     _check(model, dataset, config, eval_dataset, output_dir, checkpoint)
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
-    torch.manual_seed(config.seed)
     rows = pack(dataset, config.max_seq_length) if config.packing else dataset
     total = total_steps(len(rows), config)
     groups = parameter_groups(model, config.learning_rate, config.loraplus_lr_ratio)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
+    broadcast(parameters)
     recorder = Recorder(model, optimizer, schedule, rows, config, eval_dataset, output_dir, base, progress)
     place, result = recorder.start(checkpoint), recorder.result
-    batches = shuffled_batches(rows, config.per_device_train_batch_size, config.seed, *place)
+    batches = shuffled_batches(rows, train_batch_size(config), config.seed, *place)
     deferred = deferred_signals() if output_dir else nullcontext([])
     model.train()
-    with deferred as signals, tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=not progress) as bar:
+    hidden = not progress or rank() > 0
+    with deferred as signals, tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=hidden) as bar:
         for step in range(result.steps + 1, total + 1):
+            torch.manual_seed(step_seed(config.seed, step, rank()))
             learning_rate, started = schedule.get_last_lr()[0], time.perf_counter()
             drawn = list(islice(batches, config.gradient_accumulation_steps))
             with named_anomalies(config.detect_anomaly, step):
@@ -95,10 +100,10 @@ def train(
             recorder.step(line, tokens, seconds, examples, last=step == total)
             if step == total or recorder.out_of_patience():
                 break
-            stopping = bool(signals)
-            recorder.save_if_due(now=stopping)
-            if stopping:
-                raise Interrupted(step, checkpoint_folder(output_dir, step), signals[0])
+            received = int(largest(max(signals, default=0)))  # by any process: all end after the same step
+            recorder.save_if_due(now=received > 0)
+            if received:
+                raise Interrupted(step, checkpoint_folder(output_dir, step), signal.Signals(received))
     model.eval()
     recorder.finish()
     return result
@@ -137,11 +142,16 @@ def _set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
         module.gradient_checkpointing = wanted
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a process draws dropout from in a step: no state of a generator has to outlive it."""
+    return int(np.random.SeedSequence((seed % 2**64, step, rank)).generate_state(1, np.uint64)[0])  # it takes no negative one
+
+
 def total_steps(examples: int, config: TrainConfig) -> int:
     """Steps of a whole run: max_steps, or else the epochs' batches gathered by gradient_accumulation_steps."""
     if config.max_steps != -1:
         return config.max_steps
-    batches = math.ceil(examples / config.per_device_train_batch_size) * config.num_train_epochs
+    batches = math.ceil(examples / train_batch_size(config)) * config.num_train_epochs
     return math.ceil(batches / config.gradient_accumulation_steps)
 
 
@@ -155,16 +165,19 @@ def rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def accumulate_gradients(model: nn.Module, batches: list[list[Example]]) -> tuple[float, int]:
-    """Adds the gradient of the mean loss over all target tokens of all batches; returns that loss and all tokens seen."""
+    """Adds the gradient of the mean loss over all target tokens of all batches; returns that loss and all tokens seen.
+
+    Several processes share each batch; gradients and loss are the same in all of them then.
+    """
     device = next(model.parameters()).device
-    collated = [collate(batch) for batch in batches]
-    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in collated]
-    loss = 0.0
-    for batch, count in zip(collated, counts, strict=True):
-        share = model(**{name: tensor.to(device) for name, tensor in batch.items()}) * (count / sum(counts))
+    total, loss = sum(map(count_targets, batches)), 0.0
+    for part, counts in map(of_this_rank, batches):
+        tensors = {name: tensor.to(device) for name, tensor in collate(part).items()}
+        share = model(**tensors) * (count_targets(part) * counts / total)
         share.backward()
         loss += share.item()
-    return loss, sum(len(example.ids) for batch in batches for example in batch)
+    sum_gradients(model.parameters())
+    return summed(loss)[0], sum(len(example.ids) for batch in batches for example in batch)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:

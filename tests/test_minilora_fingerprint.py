@@ -5,7 +5,7 @@ import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
-from minilora.fingerprint import ELEMENTS, HARMLESS, differences, fingerprint
+from minilora.fingerprint import BATCH, ELEMENTS, HARMLESS, differences, fingerprint
 from minilora.kernels.nf4_tensor import NF4Tensor
 
 
@@ -46,7 +46,7 @@ OTHERS = {
 def test_every_setting_counts_but_the_harmless_ones():
     assert OTHERS.keys() == {field.name for field in fields(lora.TrainConfig)}
     for name, value in OTHERS.items():
-        expected = [] if name in HARMLESS else [f"training.{name}"]
+        expected = [] if name in HARMLESS else [f"training.{name}" + (" × processes" if name == BATCH else "")]
         assert changed(config=replace(lora.TrainConfig(), **{name: value})) == expected
 
 

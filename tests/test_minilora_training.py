@@ -9,7 +9,7 @@ from helpers import examples, rms_error, tiny_config, tiny_model
 from torch import nn
 
 import minilora as lora
-from minilora.training import accumulate_gradients, rate, total_steps
+from minilora.training import accumulate_gradients, rate, step_seed, total_steps
 
 
 def adapted(**settings):
@@ -82,6 +82,12 @@ def test_accumulated_batches_train_as_one_batch_of_their_size():
     for one, other in zip(first.log, second.log, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_every_step_of_every_process_draws_from_a_seed_of_its_own():
+    seeds = {step_seed(seed, step, rank) for seed in (-1, 0, 2) for step in range(20) for rank in range(5)}
+    assert len(seeds) == 300
+    assert step_seed(2, 7, 1) == step_seed(2, 7, 1)
 
 
 # The schedule

@@ -31,7 +31,8 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, tiny_c
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line.startswith("minilora ")]
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line[line.index("minilora ") :] for line in lines if re.match(r"(torchrun .* -m )?minilora ", line)]
 
 
 @pytest.mark.parametrize("line", commands())
