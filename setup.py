@@ -6,6 +6,7 @@ from setuptools import setup
 
 DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curve
 PARQUET = ["pyarrow"]  # reads data sets
+ROUGE = ["rouge-score"]  # the metric rougeL
 
 setup(
     name="minilora",
@@ -23,9 +24,11 @@ setup(
     extras_require={
         "demo": DEMO,
         "parquet": PARQUET,
+        "rouge": ROUGE,
         "test": [
             *DEMO,
             *PARQUET,
+            *ROUGE,
             "pytest",
             "hypothesis",
             "ruff",

@@ -22,6 +22,7 @@ _ROOMS = {
     "packing": ["pack"],
     "training": ["train"],
     "evaluation": ["evaluate"],
+    "questions": ["Questions"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -5,8 +5,9 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
-from minilora.config import RUN_KEYS, LoraConfig, RunConfig, TrainConfig
+from minilora.config import RUN_KEYS, LoraConfig, Metric, RunConfig, TrainConfig
 
 DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
 
@@ -134,6 +135,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="conversations at once (%(default)s)")
     evaluate.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="tokens a conversation may have (%(default)s)"
+    )
+    evaluate.add_argument(
+        "--metrics", nargs="+", choices=get_args(Metric), default=[], metavar="NAME",
+        help="of the model's own answers to each last turn: exact_match, rougeL (pip install 'minilora[rouge]')",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="tokens of such an answer at most (%(default)s)"
     )
     evaluate.add_argument("--drop-long", action="store_true", help="leave out longer conversations instead of stopping")
 

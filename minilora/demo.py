@@ -16,6 +16,7 @@ from minilora.checkpoint import find_checkpoints
 from minilora.commands import describe_adapter, describe_base, load_model
 from minilora.data import Example
 from minilora.files import remove_folder, write_file
+from minilora.metrics import exact_match
 from minilora.report import Answers, Report, write_report
 from minilora.trainable import count_parameters
 
@@ -74,7 +75,7 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quant
         "exact_before_new_phrasings": exact(task.new_phrasings, before.new_phrasings),
         "exact_after": exact(task.unseen, after.unseen),
         "exact_after_new_phrasings": exact(task.new_phrasings, after.new_phrasings),
-        "ordinary_answers_unchanged": share_equal(before.probes, after.probes),
+        "ordinary_answers_unchanged": exact_match(after.probes, before.probes),
         "seconds_train": round(result.seconds, 2),
         "seconds_total": round(time.perf_counter() - started, 2),
         "trainable_parameters": count_parameters(model)[0],
@@ -144,11 +145,7 @@ def answer(model, tokenizer, lines: list[dict], max_new_tokens: int) -> list[str
 
 def exact(pairs: list[tuple[str, str]], answers: list[str]) -> float:
     """The share of answers that are the wanted JSON, character for character."""
-    return share_equal([wanted for _, wanted in pairs], answers)
-
-
-def share_equal(wanted: list[str], answers: list[str]) -> float:
-    return sum(map(str.__eq__, wanted, answers)) / len(wanted)
+    return exact_match(answers, [wanted for _, wanted in pairs])
 
 
 def tell(exam: Exam, task: demo_task.Task) -> None:
@@ -174,7 +171,7 @@ def try_saved(fresh, adapter: Path, tokenizer, task: demo_task.Task, before: Exa
         ("on", on, "after", after),
         ("merged into the weights", merged, "after", after),
     ):
-        same = share_equal(exam.unseen[:BATCH], answers)
+        same = exact_match(answers, exam.unseen[:BATCH])
         print(f"adapter {how}: {same:.0%} of {len(pairs)} answers are those of {when} training")
     print(f"  {pairs[0][0]}\n    off: {off[0].partition(chr(10))[0]}\n    on:  {on[0]}")
 

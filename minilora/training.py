@@ -15,11 +15,13 @@ from minilora.adapter import check_replaceable
 from minilora.checkpoint import checkpoint_folder, find_checkpoints, find_resumed
 from minilora.config import TrainConfig
 from minilora.data import Example, collate, shuffled_batches
+from minilora.extras import require_extras
 from minilora.interruption import Interrupted, deferred_signals
 from minilora.kernels.cross_entropy import IGNORE
 from minilora.loraplus import parameter_groups
 from minilora.numerics import named_anomalies
 from minilora.packing import pack
+from minilora.questions import Questions
 from minilora.recorder import Recorder, TrainResult
 from minilora.trainable import lora_state_dict
 
@@ -33,6 +35,7 @@ def train(
     base: str | None = None,
     progress: bool = True,
     resume: bool | Path | str = False,
+    questions: Questions | None = None,
 ) -> TrainResult:
     """Trains whatever parameters of the model ask for gradients; the same seed on the same machine ends bitwise the same.
 
@@ -47,6 +50,8 @@ def train(
         base: name of the base model, noted in the saved adapters.
         resume: a checkpoint to go on from, or True for the newest one in output_dir. Model, adapter, settings and data must be
             those of the run that wrote it (minilora.fingerprint).
+        questions: the first config.eval_samples of them are answered before the first step and at every evaluation; the log keeps
+            the answers, and config.eval_metrics of them.
 
     Raises:
         ValueError: there is no data, a conversation is too long to be packed, nothing to train, something trained that no
@@ -60,7 +65,7 @@ def train(
     """
     output_dir = Path(output_dir) if output_dir else None
     checkpoint = find_resumed(resume, output_dir) if resume else None
-    _check(model, dataset, config, eval_dataset, output_dir, checkpoint)
+    _check(model, dataset, config, eval_dataset, questions, output_dir, checkpoint)
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     torch.manual_seed(config.seed)
     rows = pack(dataset, config.max_seq_length) if config.packing else dataset
@@ -69,7 +74,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
-    recorder = Recorder(model, optimizer, schedule, rows, config, eval_dataset, output_dir, base, progress)
+    recorder = Recorder(model, optimizer, schedule, rows, config, eval_dataset, questions, output_dir, base, progress)
     place, result = recorder.start(checkpoint), recorder.result
     batches = shuffled_batches(rows, config.per_device_train_batch_size, config.seed, *place)
     deferred = deferred_signals() if output_dir else nullcontext([])
@@ -104,13 +109,16 @@ def train(
     return result
 
 
-def _check(model, dataset, config: TrainConfig, eval_dataset, output_dir: Path | None, checkpoint: Path | None) -> None:
+def _check(model, dataset, config: TrainConfig, eval_dataset, questions, output_dir: Path | None, checkpoint) -> None:
     """Everything that would spoil a run is told before its first step."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not dataset or not trained:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
     if (config.load_best_model_at_end or config.early_stopping_patience) and not (eval_dataset and config.eval_steps):
         raise ValueError("load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps")
+    if config.eval_metrics and not (eval_dataset and questions and questions.conversations and config.eval_samples):
+        raise ValueError("eval_metrics need conversations to evaluate on, questions, and eval_samples above 0")
+    require_extras(config.eval_metrics)
     if output_dir:
         _check_output(model, set(trained), output_dir, checkpoint)
     elif config.load_best_model_at_end:

@@ -429,7 +429,12 @@ def test_anomalies_are_told_in_one_line(checkpoint, chat, fails, tmp_path):
         ("training.learning_rate=-1", "learning_rate must be positive"),
         ("training.on_nonfinite='hope'", "on_nonfinite must be one of stop, skip, not 'hope'"),
         ("training.early_stopping_patience=-1", "early_stopping_patience must be at least 0"),
-        ("training.metric_for_best_model='f1'", "metric_for_best_model must be 'eval_loss' or 'loss'"),
+        (
+            "training.metric_for_best_model='f1'",
+            "metric_for_best_model must be one of eval_loss, eval_perplexity (others",
+        ),
+        ("training.eval_metrics=['rougeL']", "eval_metrics need conversations to evaluate on"),
+        ("training.eval_metrics=['bleu']", "eval_metrics must hold some of exact_match, rougeL"),
         ("training.load_best_model_at_end=true", "need conversations to evaluate on, and eval_steps"),
         ('training.learning_rate="high"', "training.learning_rate must be float"),
         (
