@@ -7,6 +7,8 @@ from setuptools import setup
 DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curve
 PARQUET = ["pyarrow"]  # reads data sets
 ROUGE = ["rouge-score"]  # the metric rougeL
+TENSORBOARD = ["tensorboard"]
+WANDB = ["wandb"]
 
 setup(
     name="minilora",
@@ -25,10 +27,14 @@ setup(
         "demo": DEMO,
         "parquet": PARQUET,
         "rouge": ROUGE,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
         "test": [
             *DEMO,
             *PARQUET,
             *ROUGE,
+            *TENSORBOARD,
+            *WANDB,
             "pytest",
             "hypothesis",
             "ruff",

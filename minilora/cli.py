@@ -53,7 +53,8 @@ TRAIN_EPILOG = (
 Example:
   minilora train --model microsoft/Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16
 
-OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
+OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, training_args.json, and checkpoint-STEP/
+every save_steps. training.report_to="tensorboard" or "wandb" (or a list) has others told of the figures too.
 Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on, and ends as if nothing had happened.
 
 Defaults (a text is set in quotes: --set "training.lr_scheduler_type='linear'"):

@@ -44,7 +44,7 @@ def demo(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     run = read_run_config(args.config, args.set)
-    require_extras(run.training.eval_metrics)
+    require_extras([*run.training.eval_metrics, *run.training.trackers])
     training = replace(run.training, detect_anomaly=run.training.detect_anomaly or args.detect_anomaly)
     output = _output_of_training(args, run)
     checkpoint = find_resumed(args.resume, output) if args.resume else None

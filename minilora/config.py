@@ -10,12 +10,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
-Tracker = Literal["none", "tensorboard", "wandb"]
 Schedule = Literal["cosine", "linear"]
 Compute = Literal["bfloat16", "float32"]
 Bias = Literal["none", "all", "lora_only"]
 NonFinite = Literal["stop", "skip"]
 Metric = Literal["exact_match", "rougeL"]
+REPORT_TO = ("tensorboard", "wandb")
 STARTS = (True, "pissa", "olora", "loftq")  # of lora_A and lora_B
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 
@@ -85,6 +85,10 @@ RULES = {
     "eval_samples": _at_least(0),
     "eval_max_new_tokens": _at_least(1),
     "eval_metrics": (lambda value: set(value) <= {*get_args(Metric)}, f"must hold some of {', '.join(get_args(Metric))}"),
+    "report_to": (
+        lambda value: value == "none" or {*([value] if isinstance(value, str) else value)} <= {*REPORT_TO},
+        f"must be none, or hold some of {', '.join(REPORT_TO)}",
+    ),
     "save_steps": _at_least(0),
     "save_total_limit": _at_least(1),
     "early_stopping_patience": _at_least(0),
@@ -234,6 +238,7 @@ class TrainConfig:
     on_nonfinite: NonFinite = "stop"  # what a loss or gradient that is NaN or infinite does: end the run, or leave out its step
     detect_anomaly: bool = False  # name the operation whose backward gives the first NaN; much slower
     logging_steps: int = 1  # steps between lines of the log
+    report_to: list[str] | str = "none"  # who is told of them beside log.jsonl: "tensorboard", "wandb"
     eval_steps: int = 0  # steps between evaluations; 0 for one at the end only
     eval_samples: int = 4  # of the conversations to evaluate on, the first so many are answered too, and kept in the log
     eval_max_new_tokens: int = 64  # tokens of such an answer at most
@@ -254,6 +259,12 @@ class TrainConfig:
             raise BrokenSettings([f"metric_for_best_model must be one of {known}, not {self.metric_for_best_model!r}"])
         if self.greater_is_better not in (None, self.best_is_greatest):
             raise BrokenSettings([f"greater_is_better must be {self.best_is_greatest} for {self.best_metric}"])
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to, each once."""
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in REPORT_TO if name in named]
 
     @property
     def best_metric(self) -> str:

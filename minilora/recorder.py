@@ -1,4 +1,4 @@
-"""What a run tells and keeps: log.jsonl, evaluations, checkpoints and the adapter at the end."""
+"""What a run tells and keeps: its settings, log.jsonl, evaluations, checkpoints and the adapter at the end."""
 
 import json
 import math
@@ -18,9 +18,13 @@ from minilora.data import Example
 from minilora.evaluation import evaluate
 from minilora.files import remove_folder, remove_leftovers, write_file
 from minilora.fingerprint import fingerprint
+from minilora.memory import peak_memory
 from minilora.numerics import WINDOW, find_nonfinite, is_spike, shortened
 from minilora.questions import Questions, Sample, measure, told
 from minilora.switching import adapters_of
+from minilora.tracking import Tracker, figures_of, open_trackers
+
+SETTINGS = "training_args.json"  # in output_dir: the TrainConfig
 
 
 @dataclass
@@ -56,12 +60,17 @@ class Recorder:
     base: str | None
     progress: bool
     result: TrainResult = field(default_factory=TrainResult)
+    trackers: list[Tracker] = field(default_factory=list)
     recent: dict[str, list] = field(default_factory=lambda: {"loss": [], "grad_norm": []})  # of the last steps: what is usual
 
     @cached_property
     def fingerprint(self) -> dict:
         """What the run's checkpoints are known by."""
         return fingerprint(self.model, self.config, self.dataset, self.eval_dataset)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     # Beginning and end
 
@@ -74,12 +83,20 @@ class Recorder:
             self._check_best_is_there(checkpoint)
         if self.output_dir:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("log.jsonl", "checkpoint-*", "adapter"):
+            for name in ("log.jsonl", SETTINGS, "checkpoint-*", "adapter"):
                 remove_leftovers(self.output_dir, name)
+            settings = asdict(self.config)
+            write_file(self.output_dir / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            self.trackers = open_trackers(self.config, self.output_dir, settings, self.result.steps)
             write_file(self.output_dir / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.result.log))
         if not self.result.log and (samples := self._ask()):  # what cannot be answered is told before the first step, too
             self._log({"step": 0, "samples": told(samples)})
         return tuple(place)
+
+    def close(self) -> None:
+        """Ends the watching, however the run ended."""
+        for tracker in self.trackers:
+            tracker.close()
 
     def finish(self) -> None:
         """Saves the adapter; that of the best evaluation if the config asks for it, which the model then has too."""
@@ -104,7 +121,8 @@ class Recorder:
         result.steps, result.seconds, result.tokens = step, result.seconds + seconds, result.tokens + tokens
         if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
             if step % config.logging_steps == 0 or last:
-                self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)})
+                speed = {"tokens_per_second": round(tokens / seconds, 1), "memory": peak_memory(self.device)}
+                self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)} | speed)
             self._log_spikes(line, examples)
         if self.eval_dataset and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
@@ -151,6 +169,9 @@ class Recorder:
 
     def _log(self, line: dict) -> None:
         self.result.log.append(line)
+        if figures := figures_of(line):
+            for tracker in self.trackers:
+                tracker.log(line["step"], figures)
         if self.output_dir:
             with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 
@@ -79,7 +79,8 @@ def train(
     batches = shuffled_batches(rows, config.per_device_train_batch_size, config.seed, *place)
     deferred = deferred_signals() if output_dir else nullcontext([])
     model.train()
-    with deferred as signals, tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=not progress) as bar:
+    shown = tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=not progress)
+    with closing(recorder), deferred as signals, shown as bar:
         for step in range(result.steps + 1, total + 1):
             learning_rate, started = schedule.get_last_lr()[0], time.perf_counter()
             drawn = list(islice(batches, config.gradient_accumulation_steps))
@@ -118,7 +119,9 @@ def _check(model, dataset, config: TrainConfig, eval_dataset, questions, output_
         raise ValueError("load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps")
     if config.eval_metrics and not (eval_dataset and questions and questions.conversations and config.eval_samples):
         raise ValueError("eval_metrics need conversations to evaluate on, questions, and eval_samples above 0")
-    require_extras(config.eval_metrics)
+    require_extras([*config.eval_metrics, *config.trackers])
+    if config.trackers and not output_dir:
+        raise ValueError("report_to needs an output_dir, which the trackers write into")
     if output_dir:
         _check_output(model, set(trained), output_dir, checkpoint)
     elif config.load_best_model_at_end:
