@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curve
+DEMO = ["gguf"]  # reads the embedded weights
 PARQUET = ["pyarrow"]  # reads data sets
 ROUGE = ["rouge-score"]  # the metric rougeL
 TENSORBOARD = ["tensorboard"]

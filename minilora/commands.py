@@ -29,6 +29,8 @@ from minilora.peft_config import read_peft_config
 from minilora.preparation import count_shared, gather, prepare
 from minilora.questions import measure
 from minilora.recorder import best_evaluation
+from minilora.report import compare_runs, report_run, write_report
+from minilora.runs import read_run
 from minilora.showing import show_batch
 from minilora.trainable import count_parameters
 from minilora.tying import TiedLinear
@@ -88,7 +90,8 @@ def train(args: Namespace) -> None:
         print(
             f"evaluation: loss {told['eval_loss']:.4f}, perplexity {told['eval_perplexity']:.2f}{metrics}, at step {told['step']}"
         )
-    print(f"wrote {output / 'adapter'} and {output / 'log.jsonl'}")
+    write_report(report_run(read_run(output)), output / "report.html")
+    print(f"wrote {output / 'adapter'}, {output / 'log.jsonl'} and {output / 'report.html'}")
 
 
 def _output_of_training(args: Namespace, run: RunConfig) -> Path:
@@ -135,6 +138,13 @@ def eval(args: Namespace) -> None:
         questions = lora.Questions(conversations, partial(phi3.generate_batch, tokenizer=tokenizer))
         for name, value in measure(questions.ask(model, args.max_new_tokens, args.batch_size), args.metrics).items():
             print(f"{name.removeprefix('eval_')} {value:.4f}, over the answers to {len(conversations)} conversations")
+
+
+def report(args: Namespace) -> None:
+    runs = [read_run(folder) for folder in args.runs]
+    path = args.output or (Path("report.html") if len(runs) > 1 else args.runs[0] / "report.html")
+    write_report(compare_runs(runs) if len(runs) > 1 else report_run(runs[0]), path)
+    print(f"wrote {path}")
 
 
 def data_stats(args: Namespace) -> None:

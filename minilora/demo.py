@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from minilora.commands import describe_adapter, describe_base, load_model
 from minilora.data import Example
 from minilora.files import remove_folder, write_file
 from minilora.metrics import exact_match
-from minilora.report import Answers, Report, write_report
+from minilora.report import Answers, Report, charts, maps, write_report
+from minilora.runs import Run, read_run
 from minilora.trainable import count_parameters
 
 LORA = lora.LoraConfig(r=8, lora_alpha=16, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
@@ -40,7 +41,7 @@ class Exam:
 
 
 def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quantize: str | None = None) -> dict:
-    """Runs the demo and writes adapter/, data/, log.jsonl, summary.json, report.html and loss.png; returns the summary."""
+    """Runs the demo and writes adapter/, data/, log.jsonl, summary.json and report.html; returns the summary."""
     started = time.perf_counter()
     config = lora.TrainConfig(**TRAINING, max_steps=max_steps)
     folder = model_path or demo_weights.obtain()
@@ -84,12 +85,13 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quant
     write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     log = [{"step": 0, "eval_loss": before.loss}, *result.log, {"step": result.steps, "eval_loss": after.loss}]
     settings = {"model": name, "base": describe_base(model), "device": weight.device}
-    write_report(make_report(summary, task, before, after, log, settings | asdict(LORA) | asdict(config)), output)
+    run = replace(read_run(output), log=log, settings=settings | asdict(LORA) | asdict(config))
+    write_report(make_report(summary, task, before, after, run), output / "report.html")
     print(f"\nexact answers on unseen sentences: {summary['exact_before']:.0%} → {summary['exact_after']:.0%}")
     four_bit = f"--quantize {quantize} " if quantize else ""
     print(f"try it: minilora generate --model {folder} {four_bit}--adapter {output / 'adapter'} \\")
     print(f'  --system "{demo_task.SYSTEM}" --prompt "make the attic 19 degrees"')
-    print(f"wrote adapter/, data/, log.jsonl, summary.json, loss.png and report.html into {output}")
+    print(f"wrote adapter/, data/, log.jsonl, summary.json and report.html into {output}")
     return summary
 
 
@@ -176,16 +178,17 @@ def try_saved(fresh, adapter: Path, tokenizer, task: demo_task.Task, before: Exa
     print(f"  {pairs[0][0]}\n    off: {off[0].partition(chr(10))[0]}\n    on:  {on[0]}")
 
 
-def make_report(summary: dict, task: demo_task.Task, before: Exam, after: Exam, log: list[dict], settings: dict) -> Report:
-    def moved(what: str, name: str, style: str) -> tuple[str, str, str]:
-        was, now = name.format("before"), name.format("after")
-        return what, format(summary[was], style), format(summary[now], style)
+def make_report(summary: dict, task: demo_task.Task, before: Exam, after: Exam, run: Run) -> Report:
+    def moved(what: str, name: str, style: str) -> tuple[str, str]:
+        return what, " → ".join(format(summary[name.format(when)], style) for when in ("before", "after"))
 
     def compare(title: str, pairs: list[tuple[str, str]], first: list[str], second: list[str]) -> Answers:
-        rows = [(sentence, b, a, wanted) for (sentence, wanted), b, a in zip(pairs, first, second, strict=True)]
-        return Answers(f"{title} ({SHOWN} of {len(rows)})", rows[:SHOWN])
+        rows = [(sentence, wanted, [b, a]) for (sentence, wanted), b, a in zip(pairs, first, second, strict=True)]
+        return Answers(f"{title} ({SHOWN} of {len(rows)})", ["before", "after"], rows[:SHOWN])
 
-    probes = [(*row, None) for row in zip(demo_task.PROBES, before.probes, after.probes, strict=True)]
+    probes = [(asked, None, [b, a]) for asked, b, a in zip(demo_task.PROBES, before.probes, after.probes, strict=True)]
+    settings = run.settings | {name: summary[name] for name in ("trainable_parameters", "tokens_per_second")}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     return Report(
         title="minilora demo",
         text=(
@@ -196,14 +199,18 @@ def make_report(summary: dict, task: demo_task.Task, before: Exam, after: Exam, 
             moved("exact answers, unseen sentences", "exact_{}", ".0%"),
             moved("exact answers, new phrasings", "exact_{}_new_phrasings", ".0%"),
             moved("loss on unseen sentences", "eval_loss_{}", ".3f"),
-            ("seconds of training", "", f"{summary['seconds_train']:.0f}"),
+            ("seconds of training", f"{summary['seconds_train']:.0f}"),
         ],
-        log=log,
+        charts=charts([run]),
+        maps=maps([run]),
         answers=[
             compare("Unseen sentences", task.unseen, before.unseen, after.unseen),
             compare("New phrasings", task.new_phrasings, before.new_phrasings, after.new_phrasings),
-            Answers("Ordinary questions, never trained on", probes),
+            Answers("Ordinary questions, never trained on", ["before", "after"], probes),
         ],
-        settings=settings | {name: summary[name] for name in ("trainable_parameters", "tokens_per_second")},
-        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        tables={"Settings": as_rows(settings), "Versions": as_rows(versions)},
     )
+
+
+def as_rows(entries: dict[str, object]) -> dict[str, list[object]]:
+    return {name: [value] for name, value in entries.items()}

@@ -299,7 +299,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_earlier_adapter_whole(tiny_ch
     assert "Traceback" not in result.stderr
     assert "could not be written" in result.stderr
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
-    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "log.jsonl", "training_args.json"]
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "log.jsonl", "report.html", "training_args.json"]
 
 
 # A run that was stopped ----------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_a_stopped_run_is_resumed_or_replaced_and_never_by_chance(tiny_checkpoin
     command = train(tiny_checkpoint, chat, stopped, "--set", "training.max_steps=3")
     assert "checkpoint-2 exists: choose another --output, go on with --resume" in fails(*command)
     assert main([*map(str, command), "--set", "training.overwrite_output_dir=true"]) == 0
-    assert sorted(path.name for path in stopped.iterdir()) == ["adapter", "log.jsonl", "training_args.json"]
+    assert sorted(path.name for path in stopped.iterdir()) == ["adapter", "log.jsonl", "report.html", "training_args.json"]
 
 
 def test_a_named_checkpoint_is_resumed_into_its_own_folder(tiny_checkpoint, chat, stopped, capsys):

@@ -43,7 +43,13 @@ def run(*argv) -> None:
 
 
 def test_train_writes_adapter_log_and_checkpoints(trained):
-    assert {path.name for path in (trained / "out").iterdir()} == {"adapter", "checkpoint-2", "log.jsonl", "training_args.json"}
+    assert {path.name for path in (trained / "out").iterdir()} == {
+        "adapter",
+        "checkpoint-2",
+        "log.jsonl",
+        "report.html",
+        "training_args.json",
+    }
     lines = [json.loads(line) for line in (trained / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
     assert "eval_perplexity" in lines[-1]
