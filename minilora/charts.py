@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 WIDTH, HEIGHT = 480, 210
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 22  # margins, for the ticks
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 10, 22  # margins, for the ticks
 POINTS = 400  # of a line at most: about one a pixel
 CELL = 22  # of a map
 BLUE = "37, 99, 235"
@@ -23,23 +23,22 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], unit: str) -> str:
-    """The lines over their steps, from 0 up, with a legend where there are several."""
+    """The lines over their steps; both axes begin at 0."""
     drawn = [(line, thinned([point for point in line.points if math.isfinite(point[1])])) for line in lines]
     points = [point for _, kept in drawn for point in kept] or [(0, 0)]
-    first, last, top = min(x for x, _ in points), max(x for x, _ in points), max(y for _, y in points)
-    across, up = ticks(first, last), ticks(0, top if top > 0 else 1)
-    low, high, top = min(first, across[0]), max(last, across[-1]), up[-1]
+    last, top = (max(values) for values in zip(*points, strict=True))
+    across, up = ticks(last), ticks(top)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right = (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
-        return round(LEFT + right, 1), round(HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM), 1)
+        right, above = x / (last or 1) * (WIDTH - LEFT - RIGHT), y / up[-1] * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + right, 1), round(HEIGHT - BOTTOM - above, 1)
 
     parts = []
     for value in up:
-        _, y = place(low, value)
+        _, y = place(0, value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>')
-    for value in across:
+    for value in [value for value in across if value <= last]:
         x, _ = place(value, 0)
         parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{short(value)}</text>')
     for line, kept in drawn:
@@ -65,20 +64,21 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [point for pair in by_value for point in sorted(set(pair))]
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers, 1, 2 or 5 times a power of ten apart; the last is not below high."""
-    wide = (high - low or abs(high) or 1) / 5
+def ticks(most: float) -> list[float]:
+    """Round numbers from 0 on, 1, 2 or 5 times a power of ten apart, about five of them; the last is the first not below most."""
+    wide = (most if most > 0 else 1) / 5
     power = 10.0 ** math.floor(math.log10(wide))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wide * (1 - 1e-9))
-    start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(start, max(end, start + 1) + 1)]
+    return [number * step for number in range(math.ceil(5 * wide / step - 1e-9) + 1)]
 
 
 def short(value: float) -> str:
-    """A number in few letters: 12k, 0.5, 2e-05."""
+    """A number in few letters: 12k, 0.5, 2e-5."""
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
+    if 0 < abs(value) < 1e-2:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
     return f"{value:.4g}"
 
 

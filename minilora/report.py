@@ -190,7 +190,7 @@ PAGE = """\
   table { border-collapse: collapse; background: #fff; border: 1px solid #e2e8f0; font-size: .9rem; }
   th, td { text-align: left; vertical-align: top; padding: .4rem .75rem; border-top: 1px solid #e2e8f0; }
   th { background: #f1f5f9; font-weight: 600; } .answers { width: 100%; }
-  .answers td { font-size: .85rem; min-width: 9rem; } td.answer { font: 13px/1.5 ui-monospace, monospace; }
+  .answers td { font-size: .85rem; min-width: 6.5rem; } td.answer { font: 13px/1.5 ui-monospace, monospace; }
   td.answer { white-space: pre-wrap; overflow-wrap: anywhere; } .right { background: #ecfdf5; }
   .plain td { overflow-wrap: anywhere; } .plain td:first-child { color: #64748b; white-space: nowrap; }
 </style>
@@ -209,7 +209,8 @@ PAGE = """\
 <h2>{{ title }}</h2>
 <div class="scroll"><table class="plain">
 {% for name, cells in rows.items() %}
-<tr><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% set kind = "td" if name else "th" %}
+<tr><{{ kind }}>{{ name }}</{{ kind }}>{% for cell in cells %}<{{ kind }}>{{ cell }}</{{ kind }}>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% endmacro %}

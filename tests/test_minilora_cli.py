@@ -15,7 +15,7 @@ from minilora import training
 from minilora.cli import build_parser, main
 from minilora.training import accumulate_gradients
 
-COMMANDS = ("demo", "train", "eval", "data", "generate", "chat", "merge", "export", "info")
+COMMANDS = ("demo", "train", "eval", "report", "data", "generate", "chat", "merge", "export", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
@@ -133,6 +133,10 @@ def test_an_output_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path
 
 def test_an_adapter_given_as_a_model_is_told_so(adapter, fails):
     assert "this is an adapter, for --adapter" in fails("generate", "--model", adapter, "--prompt", "x")
+
+
+def test_a_folder_without_a_run_is_told(tmp_path, fails):
+    assert f"{tmp_path} must be the output folder of a run, and holds no log.jsonl" in fails("report", tmp_path)
 
 
 def test_data_that_is_no_file_is_told(tiny_checkpoint, tmp_path, fails):

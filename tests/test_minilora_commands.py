@@ -43,13 +43,8 @@ def run(*argv) -> None:
 
 
 def test_train_writes_adapter_log_and_checkpoints(trained):
-    assert {path.name for path in (trained / "out").iterdir()} == {
-        "adapter",
-        "checkpoint-2",
-        "log.jsonl",
-        "report.html",
-        "training_args.json",
-    }
+    names = sorted(path.name for path in (trained / "out").iterdir())
+    assert names == ["adapter", "checkpoint-2", "log.jsonl", "report.html", "training_args.json"]
     lines = [json.loads(line) for line in (trained / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
     assert "eval_perplexity" in lines[-1]
@@ -178,6 +173,16 @@ def test_train_tells_the_metrics_of_the_answers(trained, tiny_checkpoint, tmp_pa
         "--output", tmp_path, *(f"--set={setting}" for setting in settings),
     )  # fmt: skip
     assert re.search(r"perplexity \d+\.\d\d, exact_match 0\.0000, at step 1\n", capsys.readouterr().out)
+
+
+def test_report_writes_a_page_of_a_run_or_of_several(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("report", trained / "out", "--output", "one.html")
+    assert "wrote one.html" in capsys.readouterr().out
+    assert Path("one.html").read_text() == (trained / "out" / "report.html").read_text()
+    run("report", trained / "out", trained / "out")
+    assert "wrote report.html" in capsys.readouterr().out
+    assert Path("report.html").read_text().count("<th>out</th>") == 4  # figures and last answers; all settings are alike
 
 
 def test_generate_prints_what_the_library_generates(trained, tiny_checkpoint, capsys):
