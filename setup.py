@@ -4,8 +4,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-DEMO = ["gguf", "matplotlib"]  # reads the embedded weights; draws the loss curve
+DEMO = ["gguf"]  # reads the embedded weights
 PARQUET = ["pyarrow"]  # reads data sets
+ROUGE = ["rouge-score"]  # the metric rougeL
+TENSORBOARD = ["tensorboard"]
+WANDB = ["wandb"]
 
 setup(
     name="minilora",
@@ -23,9 +26,15 @@ setup(
     extras_require={
         "demo": DEMO,
         "parquet": PARQUET,
+        "rouge": ROUGE,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
         "test": [
             *DEMO,
             *PARQUET,
+            *ROUGE,
+            *TENSORBOARD,
+            *WANDB,
             "pytest",
             "hypothesis",
             "ruff",

@@ -23,6 +23,7 @@ _ROOMS = {
     "training": ["train"],
     "evaluation": ["evaluate"],
     "distributed": ["shard_base"],
+    "questions": ["Questions"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

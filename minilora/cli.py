@@ -5,14 +5,16 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
-from minilora.config import RUN_KEYS, LoraConfig, RunConfig, TrainConfig
+from minilora.config import RUN_KEYS, LoraConfig, Metric, RunConfig, TrainConfig
 
 DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
 
   minilora demo                          see it work on real weights, in minutes, on any machine
   minilora data stats chat.jsonl --model MODEL
   minilora train --model MODEL --data chat.jsonl --output out
+  minilora report out                    the run as a page
   minilora generate --model MODEL --adapter out/adapter --prompt "Hello"
   minilora chat --model MODEL --adapter out/adapter
 
@@ -52,7 +54,8 @@ TRAIN_EPILOG = (
 Example:
   minilora train --model microsoft/Phi-3-mini-4k-instruct --data chat.jsonl --output out --set peft.r=16
 
-OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), log.jsonl, and checkpoint-STEP/ every save_steps.
+OUTPUT holds, in the end: adapter/ (as PEFT, transformers and vLLM read it), report.html, log.jsonl, training_args.json, and
+checkpoint-STEP/ every save_steps. training.report_to="tensorboard" or "wandb" (or a list) has others told of the figures too.
 Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on, and ends as if nothing had happened.
 
 Several GPUs or machines: torchrun --nproc-per-node 8 -m minilora train … takes per_device_train_batch_size conversations on
@@ -70,6 +73,12 @@ An adapter that was trained beside a 4-bit base can be merged into either of two
   --model MODEL --quantize nf4     those weights rounded to 4 bits and dequantised, which the adapter was trained beside
 
 With --quantize the command tells how far each of the two comes out from the unmerged 4-bit model.
+"""
+
+REPORT_HELP = """\
+The page holds loss, learning rate, gradient norm, tokens a second and peak memory against the step, metrics and answers of the
+evaluations over time, the norm of every ΔW by layer and module, and the settings; of several runs those that differ. It needs no
+network and no other file.
 """
 
 EXPORT_HELP = """Makes an adapter over for another reader, without the base model; every layer's ΔW stays the same.
@@ -138,7 +147,21 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="tokens a conversation may have (%(default)s)"
     )
+    evaluate.add_argument(
+        "--metrics", nargs="+", choices=get_args(Metric), default=[], metavar="NAME",
+        help="of the model's own answers to each last turn: exact_match, rougeL (pip install 'minilora[rouge]')",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="tokens of such an answer at most (%(default)s)"
+    )
     evaluate.add_argument("--drop-long", action="store_true", help="leave out longer conversations instead of stopping")
+
+    report = command(
+        "report", "a page of a run, or of several side by side, as their folders hold them, finished or not", epilog=REPORT_HELP
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the output folder of a run")
+    where = "the page (RUN/report.html for one run, report.html for several)"
+    report.add_argument("--output", type=Path, metavar="FILE", help=where)
 
     data = command("data", "look at conversations as training reads them").add_subparsers(required=True, metavar="WHAT")
     _data(data, "stats", "how long they are, what is too long, and how much of a batch is padding")

@@ -19,6 +19,7 @@ from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config
 from minilora.data import shuffled_batches
 from minilora.distributed import in_turn, joined, rank, wait_for_all, world_size
 from minilora.export import export_adapter
+from minilora.extras import require_extras
 from minilora.files import remove_folder
 from minilora.injection import find_targets
 from minilora.inspection import Inspection, inspect_adapter, misfits
@@ -27,7 +28,10 @@ from minilora.layers import adapted_layers
 from minilora.lengths import describe_padding
 from minilora.peft_config import read_peft_config
 from minilora.preparation import count_shared, gather, prepare
+from minilora.questions import measure
 from minilora.recorder import best_evaluation
+from minilora.report import compare_runs, report_run, write_report
+from minilora.runs import read_run
 from minilora.showing import show_batch
 from minilora.trainable import count_parameters
 from minilora.tying import TiedLinear
@@ -44,6 +48,7 @@ def demo(args: Namespace) -> None:
 @joined()
 def train(args: Namespace) -> None:
     run = read_run_config(args.config, args.set)
+    require_extras([*run.training.eval_metrics, *run.training.trackers])
     training = replace(run.training, detect_anomaly=run.training.detect_anomaly or args.detect_anomaly)
     output = _output_of_training(args, run)
     checkpoint = find_resumed(args.resume, output) if args.resume else None
@@ -55,11 +60,12 @@ def train(args: Namespace) -> None:
     conversations, held_out = gather(args.data, run.training.seed, args.eval_share)
     dataset = prepare(conversations, tokenizer, run, args.drop_long)
     print(describe_padding(dataset, run.training))
-    eval_dataset = None
+    eval_dataset = questions = None
     if args.eval_data or args.eval_share:
         print("to evaluate on:")
         held_out += gather(args.eval_data, run.training.seed)[0]
         eval_dataset = prepare(held_out, tokenizer, run, args.drop_long)
+        questions = lora.Questions(held_out, partial(phi3.generate_batch, tokenizer=tokenizer))
         print(f"{count_shared(held_out, conversations)} of them are trained on too")
     make = partial(_adapted, args, run)
     model = in_turn(make) if run.fsdp else make()
@@ -72,16 +78,21 @@ def train(args: Namespace) -> None:
             remove_folder(earlier)
         base = _base_of(args, model, output)
     wait_for_all()
-    result = lora.train(model, dataset, training, eval_dataset, output, base=base, resume=checkpoint or False)
+    result = lora.train(model, dataset, training, eval_dataset, output, base, resume=checkpoint or False, questions=questions)
     lines = [line for line in result.log if "loss" in line]
     losses = " → ".join(f"{line['loss']:.4f} (step {line['step']})" for line in lines[:: max(1, len(lines) - 1)])
     print(f"{result.tokens} tokens in {result.seconds:.0f} s; loss {losses}")
     if result.skipped:
         print(f"{result.skipped} of {result.steps} steps were skipped, since loss or gradient was not finite: see the log")
     if eval_dataset:
-        told = best_evaluation(result.log) if training.load_best_model_at_end else result.log[-1]
-        print(f"evaluation: loss {told['eval_loss']:.4f}, perplexity {told['eval_perplexity']:.2f}, at step {told['step']}")
-    print(f"wrote {output / 'adapter'} and {output / 'log.jsonl'}")
+        told = best_evaluation(result.log, training) if training.load_best_model_at_end else result.log[-1]
+        metrics = "".join(f", {name} {told[f'eval_{name}']:.4f}" for name in training.eval_metrics)
+        print(
+            f"evaluation: loss {told['eval_loss']:.4f}, perplexity {told['eval_perplexity']:.2f}{metrics}, at step {told['step']}"
+        )
+    if rank() == 0:
+        write_report(report_run(read_run(output)), output / "report.html")
+    print(f"wrote {output / 'adapter'}, {output / 'log.jsonl'} and {output / 'report.html'}")
 
 
 def _adapted(args: Namespace, run: RunConfig) -> phi3.Phi3ForCausalLM:
@@ -134,10 +145,23 @@ def eval(args: Namespace) -> None:
     tokenizer = phi3.load_tokenizer(_checkpoint(args))
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    require_extras(args.metrics)
     run = RunConfig(TrainConfig(max_seq_length=args.max_length))
-    examples = prepare(gather(args.data, run.training.seed)[0], tokenizer, run, args.drop_long)
-    found = lora.evaluate(_load(args), examples, args.batch_size)
+    conversations = gather(args.data, run.training.seed)[0]
+    examples, model = prepare(conversations, tokenizer, run, args.drop_long), _load(args)
+    found = lora.evaluate(model, examples, args.batch_size)
     print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over {found.tokens} target tokens; nothing was written")
+    if args.metrics:
+        questions = lora.Questions(conversations, partial(phi3.generate_batch, tokenizer=tokenizer))
+        for name, value in measure(questions.ask(model, args.max_new_tokens, args.batch_size), args.metrics).items():
+            print(f"{name.removeprefix('eval_')} {value:.4f}, over the answers to {len(conversations)} conversations")
+
+
+def report(args: Namespace) -> None:
+    runs = [read_run(folder) for folder in args.runs]
+    path = args.output or (Path("report.html") if len(runs) > 1 else args.runs[0] / "report.html")
+    write_report(compare_runs(runs) if len(runs) > 1 else report_run(runs[0]), path)
+    print(f"wrote {path}")
 
 
 def data_stats(args: Namespace) -> None:

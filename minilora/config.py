@@ -14,6 +14,8 @@ Schedule = Literal["cosine", "linear"]
 Compute = Literal["bfloat16", "float32"]
 Bias = Literal["none", "all", "lora_only"]
 NonFinite = Literal["stop", "skip"]
+Metric = Literal["exact_match", "rougeL"]
+REPORT_TO = ("tensorboard", "wandb")
 STARTS = (True, "pissa", "olora", "loftq")  # of lora_A and lora_B
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 
@@ -80,6 +82,13 @@ RULES = {
     "on_nonfinite": (lambda value: value in get_args(NonFinite), f"must be one of {', '.join(get_args(NonFinite))}"),
     "logging_steps": _at_least(1),
     "eval_steps": _at_least(0),
+    "eval_samples": _at_least(0),
+    "eval_max_new_tokens": _at_least(1),
+    "eval_metrics": (lambda value: set(value) <= {*get_args(Metric)}, f"must hold some of {', '.join(get_args(Metric))}"),
+    "report_to": (
+        lambda value: value == "none" or {*([value] if isinstance(value, str) else value)} <= {*REPORT_TO},
+        f"must be none, or hold some of {', '.join(REPORT_TO)}",
+    ),
     "save_steps": _at_least(0),
     "save_total_limit": _at_least(1),
     "early_stopping_patience": _at_least(0),
@@ -229,15 +238,42 @@ class TrainConfig:
     on_nonfinite: NonFinite = "stop"  # what a loss or gradient that is NaN or infinite does: end the run, or leave out its step
     detect_anomaly: bool = False  # name the operation whose backward gives the first NaN; much slower
     logging_steps: int = 1  # steps between lines of the log
+    report_to: list[str] | str = "none"  # who is told of them beside log.jsonl: "tensorboard", "wandb"
     eval_steps: int = 0  # steps between evaluations; 0 for one at the end only
+    eval_samples: int = 4  # of the conversations to evaluate on, the first so many are answered too, and kept in the log
+    eval_max_new_tokens: int = 64  # tokens of such an answer at most
+    eval_metrics: list[str] = field(default_factory=list)  # of these answers: "exact_match", "rougeL"
     save_steps: int = 0  # steps between checkpoints; 0 for none, and the adapter at the end only
     save_total_limit: int = 2  # checkpoints that are kept, the latest
-    load_best_model_at_end: bool = False  # the adapter at the end is that of the evaluation with the least loss
-    early_stopping_patience: int = 0  # evaluations without a lower loss that end the run; 0 for none
+    load_best_model_at_end: bool = False  # the adapter at the end is that of the best evaluation
+    metric_for_best_model: str = "eval_loss"  # or eval_perplexity, or eval_ before one of eval_metrics; eval_ may be left out
+    greater_is_better: bool | None = None  # follows from the metric
+    early_stopping_patience: int = 0  # evaluations without a better one that end the run; 0 for none
     seed: int = 0  # of the order of the data and of dropout
 
     def __post_init__(self):
         _check(self)
+        measured = ["eval_loss", "eval_perplexity", *(f"eval_{name}" for name in self.eval_metrics)]
+        if self.best_metric not in measured:
+            known = f"{', '.join(measured)} (others by eval_metrics)"
+            raise BrokenSettings([f"metric_for_best_model must be one of {known}, not {self.metric_for_best_model!r}"])
+        if self.greater_is_better not in (None, self.best_is_greatest):
+            raise BrokenSettings([f"greater_is_better must be {self.best_is_greatest} for {self.best_metric}"])
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to, each once."""
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in REPORT_TO if name in named]
+
+    @property
+    def best_metric(self) -> str:
+        """The key of metric_for_best_model in the log."""
+        return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
+
+    @property
+    def best_is_greatest(self) -> bool:
+        return self.best_metric not in ("eval_loss", "eval_perplexity")
 
 
 @dataclass(frozen=True)
@@ -277,8 +313,7 @@ RUN_KEYS = {
 DECIDED = {
     "training": {
         "do_eval": None, "remove_unused_columns": None, "log_level": None, "logging_strategy": ("steps",),
-        "gradient_checkpointing_kwargs": ({"use_reentrant": False},), "metric_for_best_model": ("eval_loss", "loss"),
-        "greater_is_better": (False,),
+        "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     },
     "peft": {"task_type": ("CAUSAL_LM",)},
     "quantization": {"bnb_4bit_quant_type": ("nf4",), "bnb_4bit_use_double_quant": (True,)},

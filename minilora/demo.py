@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from minilora.checkpoint import find_checkpoints
 from minilora.commands import describe_adapter, describe_base, load_model
 from minilora.data import Example
 from minilora.files import remove_folder, write_file
-from minilora.report import Answers, Report, write_report
+from minilora.metrics import exact_match
+from minilora.report import Answers, Report, charts, maps, write_report
+from minilora.runs import Run, read_run
 from minilora.trainable import count_parameters
 
 LORA = lora.LoraConfig(r=8, lora_alpha=16, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
@@ -39,7 +41,7 @@ class Exam:
 
 
 def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quantize: str | None = None) -> dict:
-    """Runs the demo and writes adapter/, data/, log.jsonl, summary.json, report.html and loss.png; returns the summary."""
+    """Runs the demo and writes adapter/, data/, log.jsonl, summary.json and report.html; returns the summary."""
     started = time.perf_counter()
     config = lora.TrainConfig(**TRAINING, max_steps=max_steps)
     folder = model_path or demo_weights.obtain()
@@ -74,7 +76,7 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quant
         "exact_before_new_phrasings": exact(task.new_phrasings, before.new_phrasings),
         "exact_after": exact(task.unseen, after.unseen),
         "exact_after_new_phrasings": exact(task.new_phrasings, after.new_phrasings),
-        "ordinary_answers_unchanged": share_equal(before.probes, after.probes),
+        "ordinary_answers_unchanged": exact_match(after.probes, before.probes),
         "seconds_train": round(result.seconds, 2),
         "seconds_total": round(time.perf_counter() - started, 2),
         "trainable_parameters": count_parameters(model)[0],
@@ -83,12 +85,13 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quant
     write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     log = [{"step": 0, "eval_loss": before.loss}, *result.log, {"step": result.steps, "eval_loss": after.loss}]
     settings = {"model": name, "base": describe_base(model), "device": weight.device}
-    write_report(make_report(summary, task, before, after, log, settings | asdict(LORA) | asdict(config)), output)
+    run = replace(read_run(output), log=log, settings=settings | asdict(LORA) | asdict(config))
+    write_report(make_report(summary, task, before, after, run), output / "report.html")
     print(f"\nexact answers on unseen sentences: {summary['exact_before']:.0%} → {summary['exact_after']:.0%}")
     four_bit = f"--quantize {quantize} " if quantize else ""
     print(f"try it: minilora generate --model {folder} {four_bit}--adapter {output / 'adapter'} \\")
     print(f'  --system "{demo_task.SYSTEM}" --prompt "make the attic 19 degrees"')
-    print(f"wrote adapter/, data/, log.jsonl, summary.json, loss.png and report.html into {output}")
+    print(f"wrote adapter/, data/, log.jsonl, summary.json and report.html into {output}")
     return summary
 
 
@@ -144,11 +147,7 @@ def answer(model, tokenizer, lines: list[dict], max_new_tokens: int) -> list[str
 
 def exact(pairs: list[tuple[str, str]], answers: list[str]) -> float:
     """The share of answers that are the wanted JSON, character for character."""
-    return share_equal([wanted for _, wanted in pairs], answers)
-
-
-def share_equal(wanted: list[str], answers: list[str]) -> float:
-    return sum(map(str.__eq__, wanted, answers)) / len(wanted)
+    return exact_match(answers, [wanted for _, wanted in pairs])
 
 
 def tell(exam: Exam, task: demo_task.Task) -> None:
@@ -174,21 +173,22 @@ def try_saved(fresh, adapter: Path, tokenizer, task: demo_task.Task, before: Exa
         ("on", on, "after", after),
         ("merged into the weights", merged, "after", after),
     ):
-        same = share_equal(exam.unseen[:BATCH], answers)
+        same = exact_match(answers, exam.unseen[:BATCH])
         print(f"adapter {how}: {same:.0%} of {len(pairs)} answers are those of {when} training")
     print(f"  {pairs[0][0]}\n    off: {off[0].partition(chr(10))[0]}\n    on:  {on[0]}")
 
 
-def make_report(summary: dict, task: demo_task.Task, before: Exam, after: Exam, log: list[dict], settings: dict) -> Report:
-    def moved(what: str, name: str, style: str) -> tuple[str, str, str]:
-        was, now = name.format("before"), name.format("after")
-        return what, format(summary[was], style), format(summary[now], style)
+def make_report(summary: dict, task: demo_task.Task, before: Exam, after: Exam, run: Run) -> Report:
+    def moved(what: str, name: str, style: str) -> tuple[str, str]:
+        return what, " → ".join(format(summary[name.format(when)], style) for when in ("before", "after"))
 
     def compare(title: str, pairs: list[tuple[str, str]], first: list[str], second: list[str]) -> Answers:
-        rows = [(sentence, b, a, wanted) for (sentence, wanted), b, a in zip(pairs, first, second, strict=True)]
-        return Answers(f"{title} ({SHOWN} of {len(rows)})", rows[:SHOWN])
+        rows = [(sentence, wanted, [b, a]) for (sentence, wanted), b, a in zip(pairs, first, second, strict=True)]
+        return Answers(f"{title} ({SHOWN} of {len(rows)})", ["before", "after"], rows[:SHOWN])
 
-    probes = [(*row, None) for row in zip(demo_task.PROBES, before.probes, after.probes, strict=True)]
+    probes = [(asked, None, [b, a]) for asked, b, a in zip(demo_task.PROBES, before.probes, after.probes, strict=True)]
+    settings = run.settings | {name: summary[name] for name in ("trainable_parameters", "tokens_per_second")}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     return Report(
         title="minilora demo",
         text=(
@@ -199,14 +199,18 @@ def make_report(summary: dict, task: demo_task.Task, before: Exam, after: Exam, 
             moved("exact answers, unseen sentences", "exact_{}", ".0%"),
             moved("exact answers, new phrasings", "exact_{}_new_phrasings", ".0%"),
             moved("loss on unseen sentences", "eval_loss_{}", ".3f"),
-            ("seconds of training", "", f"{summary['seconds_train']:.0f}"),
+            ("seconds of training", f"{summary['seconds_train']:.0f}"),
         ],
-        log=log,
+        charts=charts([run]),
+        maps=maps([run]),
         answers=[
             compare("Unseen sentences", task.unseen, before.unseen, after.unseen),
             compare("New phrasings", task.new_phrasings, before.new_phrasings, after.new_phrasings),
-            Answers("Ordinary questions, never trained on", probes),
+            Answers("Ordinary questions, never trained on", ["before", "after"], probes),
         ],
-        settings=settings | {name: summary[name] for name in ("trainable_parameters", "tokens_per_second")},
-        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        tables={"Settings": as_rows(settings), "Versions": as_rows(versions)},
     )
+
+
+def as_rows(entries: dict[str, object]) -> dict[str, list[object]]:
+    return {name: [value] for name, value in entries.items()}

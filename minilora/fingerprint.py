@@ -18,7 +18,10 @@ from minilora.data import Example
 from minilora.distributed import train_batch_size
 from minilora.kernels.nf4_tensor import NF4Tensor
 
-HARMLESS = {"logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly"}  # of TrainConfig
+HARMLESS = {  # of TrainConfig
+    "logging_steps", "report_to", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly",
+    "greater_is_better",
+}  # fmt: skip
 BATCH = "per_device_train_batch_size"  # which counts together with the number of processes
 ELEMENTS = 1024  # of each frozen tensor that are read
 SHOWN = 20  # differences spelled out before the rest is only counted

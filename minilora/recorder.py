@@ -1,9 +1,9 @@
-"""What a run tells and keeps: log.jsonl, evaluations, checkpoints and the adapter at the end."""
+"""What a run tells and keeps: its settings, log.jsonl, evaluations, checkpoints and the adapter at the end."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -19,8 +19,13 @@ from minilora.distributed import broadcast, rank, train_batch_size, wait_for_all
 from minilora.evaluation import evaluate
 from minilora.files import remove_folder, remove_leftovers, write_file
 from minilora.fingerprint import fingerprint
+from minilora.memory import peak_memory
 from minilora.numerics import WINDOW, find_nonfinite, is_spike, shortened
+from minilora.questions import Questions, Sample, measure, told
 from minilora.switching import adapters_of
+from minilora.tracking import Tracker, figures_of, open_trackers
+
+SETTINGS = "training_args.json"  # in output_dir: the TrainConfig
 
 
 @dataclass
@@ -34,10 +39,11 @@ class TrainResult:
     log: list[dict] = field(default_factory=list)
 
 
-def best_evaluation(log: Sequence[dict]) -> dict | None:
-    """The line of the evaluation with the least loss, the first of equals; NaN is worse than any."""
-    evaluations = [line for line in log if "eval_loss" in line]
-    return min(evaluations, key=lambda line: (math.isnan(line["eval_loss"]), line["eval_loss"]), default=None)
+def best_evaluation(log: Sequence[dict], config: TrainConfig) -> dict | None:
+    """The line of the best evaluation by config.metric_for_best_model, the first of equals; NaN is worse than any."""
+    metric, sign = config.best_metric, -1 if config.best_is_greatest else 1
+    evaluations = [line for line in log if metric in line]
+    return min(evaluations, key=lambda line: (math.isnan(line[metric]), sign * line[metric]), default=None)
 
 
 @dataclass
@@ -50,10 +56,12 @@ class Recorder:
     dataset: Sequence[Example]
     config: TrainConfig
     eval_dataset: Sequence[Example] | None
+    questions: Questions | None
     output_dir: Path | None
     base: str | None
     progress: bool
     result: TrainResult = field(default_factory=TrainResult)
+    trackers: list[Tracker] = field(default_factory=list)
     recent: dict[str, list] = field(default_factory=lambda: {"loss": [], "grad_norm": []})  # of the last steps: what is usual
 
     @cached_property
@@ -66,6 +74,10 @@ class Recorder:
         """Whether this process writes: there is an output_dir, and it is rank 0."""
         return self.output_dir is not None and rank() == 0
 
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     # Beginning and end
 
     def start(self, checkpoint: Path | None) -> tuple[int, int]:
@@ -77,10 +89,20 @@ class Recorder:
             self._check_best_is_there(checkpoint)
         if self.writes:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("log.jsonl", "checkpoint-*", "adapter"):
+            for name in ("log.jsonl", SETTINGS, "checkpoint-*", "adapter"):
                 remove_leftovers(self.output_dir, name)
+            settings = asdict(self.config)
+            write_file(self.output_dir / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            self.trackers = open_trackers(self.config, self.output_dir, settings, self.result.steps)
             write_file(self.output_dir / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.result.log))
+        if not self.result.log and (samples := self._ask()):  # what cannot be answered is told before the first step, too
+            self._log({"step": 0, "samples": told(samples)})
         return tuple(place)
+
+    def close(self) -> None:
+        """Ends the watching, however the run ended."""
+        for tracker in self.trackers:
+            tracker.close()
 
     def finish(self) -> None:
         """Saves the adapter; that of the best evaluation if the config asks for it, which the model then has too."""
@@ -108,11 +130,26 @@ class Recorder:
         result.steps, result.seconds, result.tokens = step, result.seconds + seconds, result.tokens + tokens
         if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
             if step % config.logging_steps == 0 or last:
-                self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)})
+                speed = {"tokens_per_second": round(tokens / seconds, 1), "memory": peak_memory(self.device)}
+                self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)} | speed)
             self._log_spikes(line, examples)
         if self.eval_dataset and (last or (config.eval_steps and step % config.eval_steps == 0)):
-            found = evaluate(self.model, self.eval_dataset, config.per_device_eval_batch_size, self.progress)
-            self._log({"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity})
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        found = evaluate(self.model, self.eval_dataset, self.config.per_device_eval_batch_size, self.progress)
+        line = {"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
+        if samples := self._ask():
+            line |= measure(samples, self.config.eval_metrics) | {"samples": told(samples)}
+        self._log(line)
+
+    def _ask(self) -> list[Sample]:
+        """The answers to the first config.eval_samples questions; none where nothing is asked."""
+        if not self.questions:
+            return []
+        config = self.config
+        asked = replace(self.questions, conversations=self.questions.conversations[: config.eval_samples])
+        return asked.ask(self.model, config.eval_max_new_tokens, config.per_device_eval_batch_size, self.progress and rank() == 0)
 
     def _log_spikes(self, line: dict, examples: Sequence[Example]) -> None:
         for what, earlier in self.recent.items():
@@ -141,6 +178,9 @@ class Recorder:
 
     def _log(self, line: dict) -> None:
         self.result.log.append(line)
+        if figures := figures_of(line):
+            for tracker in self.trackers:
+                tracker.log(line["step"], figures)
         if self.writes:
             with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -150,7 +190,7 @@ class Recorder:
         evaluations, patience = [line for line in self.result.log if "eval_loss" in line], self.config.early_stopping_patience
         if not patience or not evaluations:
             return False
-        return len(evaluations) - 1 - evaluations.index(best_evaluation(evaluations)) >= patience
+        return len(evaluations) - 1 - evaluations.index(best_evaluation(evaluations, self.config)) >= patience
 
     # Checkpoints
 
@@ -180,7 +220,7 @@ class Recorder:
 
     def _best_step(self) -> int:
         """The step of the best evaluation; 0 before the first."""
-        return (best_evaluation(self.result.log) or {"step": 0})["step"]
+        return (best_evaluation(self.result.log, self.config) or {"step": 0})["step"]
 
     def _check_best_is_there(self, checkpoint: Path) -> None:
         best = self.config.load_best_model_at_end and self._best_step()

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from minilora.checkpoint import checkpoint_folder, find_checkpoints, find_resume
 from minilora.config import TrainConfig
 from minilora.data import Example, collate, count_targets, shuffled_batches
 from minilora.distributed import broadcast, largest, of_this_rank, rank, sum_gradients, summed, train_batch_size
+from minilora.extras import require_extras
 from minilora.interruption import Interrupted, deferred_signals
 from minilora.loraplus import parameter_groups
 from minilora.numerics import named_anomalies
 from minilora.packing import pack
+from minilora.questions import Questions
 from minilora.recorder import Recorder, TrainResult
 from minilora.trainable import lora_state_dict
 
@@ -35,6 +37,7 @@ def train(
     base: str | None = None,
     progress: bool = True,
     resume: bool | Path | str = False,
+    questions: Questions | None = None,
 ) -> TrainResult:
     """Trains whatever parameters of the model ask for gradients; the same seed on the same machine ends bitwise the same.
 
@@ -50,6 +53,8 @@ def train(
         base: name of the base model, noted in the saved adapters.
         resume: a checkpoint to go on from, or True for the newest one in output_dir. Model, adapter, settings and data must be
             those of the run that wrote it (minilora.fingerprint).
+        questions: the first config.eval_samples of them are answered before the first step and at every evaluation; the log keeps
+            the answers, and config.eval_metrics of them.
 
     Raises:
         ValueError: there is no data, a conversation is too long to be packed, nothing to train, something trained that no
@@ -63,7 +68,7 @@ def train(
     """
     output_dir = Path(output_dir) if output_dir else None
     checkpoint = find_resumed(resume, output_dir) if resume else None
-    _check(model, dataset, config, eval_dataset, output_dir, checkpoint)
+    _check(model, dataset, config, eval_dataset, questions, output_dir, checkpoint)
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     rows = pack(dataset, config.max_seq_length) if config.packing else dataset
     total = total_steps(len(rows), config)
@@ -72,13 +77,14 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, config))
     broadcast(parameters)
-    recorder = Recorder(model, optimizer, schedule, rows, config, eval_dataset, output_dir, base, progress)
+    recorder = Recorder(model, optimizer, schedule, rows, config, eval_dataset, questions, output_dir, base, progress)
     place, result = recorder.start(checkpoint), recorder.result
     batches = shuffled_batches(rows, train_batch_size(config), config.seed, *place)
     deferred = deferred_signals() if output_dir else nullcontext([])
     model.train()
     hidden = not progress or rank() > 0
-    with deferred as signals, tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=hidden) as bar:
+    shown = tqdm(total=total, initial=result.steps, desc="train", unit="step", disable=hidden)
+    with closing(recorder), deferred as signals, shown as bar:
         for step in range(result.steps + 1, total + 1):
             torch.manual_seed(step_seed(config.seed, step, rank()))
             learning_rate, started = schedule.get_last_lr()[0], time.perf_counter()
@@ -109,13 +115,18 @@ def train(
     return result
 
 
-def _check(model, dataset, config: TrainConfig, eval_dataset, output_dir: Path | None, checkpoint: Path | None) -> None:
+def _check(model, dataset, config: TrainConfig, eval_dataset, questions, output_dir: Path | None, checkpoint) -> None:
     """Everything that would spoil a run is told before its first step."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not dataset or not trained:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
     if (config.load_best_model_at_end or config.early_stopping_patience) and not (eval_dataset and config.eval_steps):
         raise ValueError("load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps")
+    if config.eval_metrics and not (eval_dataset and questions and questions.conversations and config.eval_samples):
+        raise ValueError("eval_metrics need conversations to evaluate on, questions, and eval_samples above 0")
+    require_extras([*config.eval_metrics, *config.trackers])
+    if config.trackers and not output_dir:
+        raise ValueError("report_to needs an output_dir, which the trackers write into")
     if output_dir:
         _check_output(model, set(trained), output_dir, checkpoint)
     elif config.load_best_model_at_end:

@@ -68,7 +68,9 @@ def run(folder: Path, seconds: float | None = None, stop_before: int | None = No
 def outcome(folder: Path) -> tuple:
     """All that a run leaves behind but its clock: the adapter's bytes, the log, the names in its folder."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    log = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    log = [
+        {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second", "memory")} for line in lines
+    ]
     names = sorted(path.name for path in folder.iterdir())
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), log, names
 

@@ -15,7 +15,7 @@ from minilora import training
 from minilora.cli import build_parser, main
 from minilora.training import accumulate_gradients
 
-COMMANDS = ("demo", "train", "eval", "data", "generate", "chat", "merge", "export", "info")
+COMMANDS = ("demo", "train", "eval", "report", "data", "generate", "chat", "merge", "export", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
@@ -133,6 +133,10 @@ def test_an_output_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path
 
 def test_an_adapter_given_as_a_model_is_told_so(adapter, fails):
     assert "this is an adapter, for --adapter" in fails("generate", "--model", adapter, "--prompt", "x")
+
+
+def test_a_folder_without_a_run_is_told(tmp_path, fails):
+    assert f"{tmp_path} must be the output folder of a run, and holds no log.jsonl" in fails("report", tmp_path)
 
 
 def test_data_that_is_no_file_is_told(tiny_checkpoint, tmp_path, fails):
@@ -299,7 +303,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_earlier_adapter_whole(tiny_ch
     assert "Traceback" not in result.stderr
     assert "could not be written" in result.stderr
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
-    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "log.jsonl"]
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "log.jsonl", "report.html", "training_args.json"]
 
 
 # A run that was stopped ----------------------------------------------------------------------------------------------
@@ -378,7 +382,7 @@ def test_a_stopped_run_is_resumed_or_replaced_and_never_by_chance(tiny_checkpoin
     command = train(tiny_checkpoint, chat, stopped, "--set", "training.max_steps=3")
     assert "checkpoint-2 exists: choose another --output, go on with --resume" in fails(*command)
     assert main([*map(str, command), "--set", "training.overwrite_output_dir=true"]) == 0
-    assert sorted(path.name for path in stopped.iterdir()) == ["adapter", "log.jsonl"]
+    assert sorted(path.name for path in stopped.iterdir()) == ["adapter", "log.jsonl", "report.html", "training_args.json"]
 
 
 def test_a_named_checkpoint_is_resumed_into_its_own_folder(tiny_checkpoint, chat, stopped, capsys):
@@ -429,7 +433,12 @@ def test_anomalies_are_told_in_one_line(checkpoint, chat, fails, tmp_path):
         ("training.learning_rate=-1", "learning_rate must be positive"),
         ("training.on_nonfinite='hope'", "on_nonfinite must be one of stop, skip, not 'hope'"),
         ("training.early_stopping_patience=-1", "early_stopping_patience must be at least 0"),
-        ("training.metric_for_best_model='f1'", "metric_for_best_model must be 'eval_loss' or 'loss'"),
+        (
+            "training.metric_for_best_model='f1'",
+            "metric_for_best_model must be one of eval_loss, eval_perplexity (others",
+        ),
+        ("training.eval_metrics=['rougeL']", "eval_metrics need conversations to evaluate on"),
+        ("training.eval_metrics=['bleu']", "eval_metrics must hold some of exact_match, rougeL"),
         ("training.load_best_model_at_end=true", "need conversations to evaluate on, and eval_steps"),
         ('training.learning_rate="high"', "training.learning_rate must be float"),
         (

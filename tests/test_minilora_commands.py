@@ -43,10 +43,13 @@ def run(*argv) -> None:
 
 
 def test_train_writes_adapter_log_and_checkpoints(trained):
-    assert {path.name for path in (trained / "out").iterdir()} == {"adapter", "checkpoint-2", "log.jsonl"}
+    names = sorted(path.name for path in (trained / "out").iterdir())
+    assert names == ["adapter", "checkpoint-2", "log.jsonl", "report.html", "training_args.json"]
     lines = [json.loads(line) for line in (trained / "out" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
     assert "eval_perplexity" in lines[-1]
+    questions = [f"What is {n} and 1?" for n in range(4)]
+    assert [[sample["question"] for sample in line["samples"]] for line in (lines[0], lines[-1])] == [questions, questions]
 
 
 def test_train_says_what_it_uses_and_what_it_wrote(trained, tiny_checkpoint, tmp_path, capsys):
@@ -88,8 +91,8 @@ def test_train_holds_out_a_share_weighs_and_packs(trained, tiny_checkpoint, tmp_
     assert "packing is on" in said
     assert "\n0 of them are trained on too" in said
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 1]  # all fit one row
-    assert "eval_loss" in lines[1]
+    assert [line["step"] for line in lines] == [0, 1, 1]  # all fit one row
+    assert "eval_loss" in lines[2]
 
 
 def test_train_says_how_much_of_the_evaluation_is_trained_on(trained, tiny_checkpoint, tmp_path, capsys):
@@ -147,6 +150,39 @@ def test_eval_prints_what_the_library_finds(trained, tiny_checkpoint, capsys):
     assert (
         f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over {found.tokens} target tokens" in capsys.readouterr().out
     )
+
+
+def test_eval_measures_the_answers_by_the_metrics_named(trained, tiny_checkpoint, tmp_path, capsys):
+    pytest.importorskip("rouge_score")
+    model, tokenizer = phi3.load(tiny_checkpoint), phi3.load_tokenizer(tiny_checkpoint)
+    ask = {"role": "user", "content": "What is 1 and 1?"}
+    answer = phi3.generate(model, tokenizer, [ask], max_new_tokens=8)
+    lines = [{"messages": [ask, {"role": "assistant", "content": text}]} for text in (answer, "something else")]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = ["--metrics", "exact_match", "rougeL", "--max-new-tokens", 8]
+    run("eval", "--model", tiny_checkpoint, "--data", tmp_path / "chat.jsonl", *metrics)
+    said = capsys.readouterr().out
+    assert "exact_match 0.5000, over the answers to 2 conversations" in said
+    assert re.search(r"rougeL 0\.\d{4}, over", said)
+
+
+def test_train_tells_the_metrics_of_the_answers(trained, tiny_checkpoint, tmp_path, capsys):
+    chat, settings = trained / "chat.jsonl", ["training.eval_metrics=['exact_match']", "training.max_steps=1"]
+    run(
+        "train", "--model", tiny_checkpoint, "--data", chat, "--eval-data", chat, "--config", trained / "run.toml",
+        "--output", tmp_path, *(f"--set={setting}" for setting in settings),
+    )  # fmt: skip
+    assert re.search(r"perplexity \d+\.\d\d, exact_match 0\.0000, at step 1\n", capsys.readouterr().out)
+
+
+def test_report_writes_a_page_of_a_run_or_of_several(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("report", trained / "out", "--output", "one.html")
+    assert "wrote one.html" in capsys.readouterr().out
+    assert Path("one.html").read_text() == (trained / "out" / "report.html").read_text()
+    run("report", trained / "out", trained / "out")
+    assert "wrote report.html" in capsys.readouterr().out
+    assert Path("report.html").read_text().count("<th>out</th>") == 4  # figures and last answers; all settings are alike
 
 
 def test_generate_prints_what_the_library_generates(trained, tiny_checkpoint, capsys):

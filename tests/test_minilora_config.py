@@ -406,3 +406,30 @@ def test_the_table_of_the_quantisation_reads_bitsandbytesconfig(tmp_path):
 def test_other_quantisations_are_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_run_config(None, overrides)
+
+
+# The metric of the best evaluation
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "greatest"),
+    [
+        ("loss", "eval_loss", False),
+        ("eval_loss", "eval_loss", False),
+        ("perplexity", "eval_perplexity", False),
+        ("exact_match", "eval_exact_match", True),
+        ("eval_rougeL", "eval_rougeL", True),
+    ],
+)
+def test_the_metric_of_the_best_evaluation_says_which_way_is_better(name, key, greatest):
+    settings = {"eval_metrics": ["exact_match", "rougeL"], "metric_for_best_model": name}
+    for said in (None, greatest):
+        config = TrainConfig(**settings, greater_is_better=said)
+        assert (config.best_metric, config.best_is_greatest) == (key, greatest)
+    with pytest.raises(ValueError, match=f"greater_is_better must be {greatest} for {key}"):
+        TrainConfig(**settings, greater_is_better=not greatest)
+
+
+def test_a_best_by_what_is_not_measured_is_refused():
+    with pytest.raises(ValueError, match="metric_for_best_model must be one of eval_loss, eval_perplexity, eval_exact_match "):
+        TrainConfig(eval_metrics=["exact_match"], metric_for_best_model="rougeL")

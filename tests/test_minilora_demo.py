@@ -18,7 +18,7 @@ def test_the_demo_writes_all_that_it_promises(ran):
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     data = {f"data/{name}.jsonl" for name in ("train", "unseen", "new_phrasings")}
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    assert found == data | adapter | {"log.jsonl", "summary.json", "report.html", "loss.png"}
+    assert found == data | adapter | {"log.jsonl", "training_args.json", "summary.json", "report.html"}
 
 
 def test_the_summary_has_its_figures_and_is_what_was_returned(ran):

@@ -6,6 +6,7 @@ from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
 from minilora.checkpoint import find_checkpoints
+from minilora.conversations import Conversation
 from minilora.recorder import best_evaluation
 
 OVERFITTING = {
@@ -43,9 +44,19 @@ def test_the_best_evaluation_is_the_first_with_the_least_loss():
         {"step": 1, "loss": 0.0},
         *({"step": step, "eval_loss": loss} for step, loss in [(1, 2.0), (2, 1.0), (3, 1.0), (4, 3.0)]),
     ]
-    assert best_evaluation(log) == log[2]
-    assert best_evaluation([{"step": 0, "eval_loss": float("nan")}, *log]) == log[2]
-    assert best_evaluation(log[:1]) is None
+    by_loss = lora.TrainConfig()
+    assert best_evaluation(log, by_loss) == log[2]
+    assert best_evaluation([{"step": 0, "eval_loss": float("nan")}, *log], by_loss) == log[2]
+    assert best_evaluation(log[:1], by_loss) is None
+
+
+def test_the_best_evaluation_by_a_metric_of_answers_is_the_first_with_the_greatest():
+    log = [
+        {"step": step, "eval_loss": -share, "eval_exact_match": share} for step, share in [(1, 0.2), (2, 0.8), (3, 0.8), (4, 0.5)]
+    ]
+    log = [{"step": 0, "samples": []}, *log]
+    by_answers = lora.TrainConfig(eval_metrics=["exact_match"], metric_for_best_model="exact_match")
+    assert best_evaluation(log, by_answers) == log[2]
 
 
 @pytest.mark.parametrize("save_steps", [0, 1])
@@ -100,6 +111,39 @@ def test_patience_counts_across_a_resumption(tmp_path):
     resumed = train(model, tmp_path, resume=True, early_stopping_patience=2, save_steps=1)
     assert resumed.steps == result.steps < 16
     assert same(adapter(model), adapter(whole))
+
+
+def test_the_adapter_that_answers_best_is_kept_and_its_answers_are_in_the_log(tmp_path):
+    """The answers are right after step 4 and at no other time: a model cannot be made to do that, but who reads it can."""
+    conversations = [Conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}], "here")] * 3
+    asked = []
+
+    def generate(model, conversations, max_new_tokens):
+        assert not model.training
+        assert max_new_tokens == 5
+        asked.append(len(conversations))
+        return ["yes" if len(asked) == 3 else "no"] * len(conversations)
+
+    config = lora.TrainConfig(
+        **OVERFITTING, eval_samples=2, eval_max_new_tokens=5, eval_metrics=["exact_match"], load_best_model_at_end=True,
+        metric_for_best_model="exact_match", early_stopping_patience=2,
+    )  # fmt: skip
+    model, data = adapted(), examples(8)
+    questions = lora.Questions(conversations, generate)
+    result = lora.train(model, data[:4], config, data[4:], tmp_path, progress=False, questions=questions)
+    samples = {line["step"]: [sample["answer"] for sample in line["samples"]] for line in result.log if "samples" in line}
+    assert samples == {step: ["yes" if step == 4 else "no"] * 2 for step in (0, 2, 4, 6, 8)}
+    assert [line["eval_exact_match"] for line in result.log if "eval_loss" in line] == [0, 1, 0, 0]
+    kept = lora.load_adapter(tiny_model(tiny_config()), tmp_path / "checkpoint-4")
+    assert same(adapter(kept), adapter(model))
+
+
+def test_answers_that_nobody_can_give_are_told_before_the_first_step(tmp_path):
+    config = lora.TrainConfig(**OVERFITTING, eval_metrics=["exact_match"])
+    for questions in (None, lora.Questions([], list)):
+        with pytest.raises(ValueError, match="eval_metrics need conversations to evaluate on, questions"):
+            lora.train(adapted(), examples(4), config, examples(4), tmp_path / "run", progress=False, questions=questions)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("settings", [{"load_best_model_at_end": True}, {"early_stopping_patience": 1}])

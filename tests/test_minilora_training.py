@@ -11,6 +11,8 @@ from torch import nn
 import minilora as lora
 from minilora.training import accumulate_gradients, rate, step_seed, total_steps
 
+CLOCK = {"seconds", "tokens_per_second", "memory"}  # of the log: what no two runs share
+
 
 def adapted(**settings):
     """A tiny Phi-3 with a fresh adapter that alone is to learn."""
@@ -168,7 +170,7 @@ def test_two_identical_runs_end_bitwise_equal(lora_dropout):
     assert same(adapter(first), adapter(second))
     assert not same(adapter(first), adapter(other))
     assert not same(adapter(first), start)
-    without_clock = [[{key: value for key, value in line.items() if key != "seconds"} for line in log] for log in logs]
+    without_clock = [[{key: value for key, value in line.items() if key not in CLOCK} for line in log] for log in logs]
     assert without_clock[0] == without_clock[1] != without_clock[2]
 
 
@@ -248,7 +250,8 @@ def test_the_log_on_disk_is_the_log_that_is_returned(tmp_path):
     assert lines == result.log
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4]
-    assert all(list(line) == ["step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"] for line in training)
+    keys = ["step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second", "memory"]
+    assert all(list(line) == keys for line in training)
     assert training[-1]["tokens"] == result.tokens
     evaluations = [line for line in lines if "loss" not in line]
     assert all(list(line) == ["step", "eval_loss", "eval_perplexity"] for line in evaluations)
@@ -273,7 +276,7 @@ def test_evaluation_comes_every_eval_steps_and_at_the_end(eval_steps, steps):
 def test_the_adapter_at_the_end_is_the_models(tmp_path):
     model = adapted()
     train(model, output_dir=tmp_path, base="some/base")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "log.jsonl", "training_args.json"]
     loaded = lora.load_adapter(tiny_model(tiny_config()), tmp_path / "adapter")
     assert same(adapter(loaded), adapter(model))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
@@ -284,7 +287,7 @@ def test_the_latest_checkpoints_are_kept(tmp_path, save_total_limit, kept):
     train(adapted(), output_dir=tmp_path, per_device_train_batch_size=1, num_train_epochs=1.25, save_steps=2,
           save_total_limit=save_total_limit)  # fmt: skip
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted(["adapter", "log.jsonl", *(f"checkpoint-{step}" for step in kept)])
+    assert names == sorted(["adapter", "log.jsonl", "training_args.json", *(f"checkpoint-{step}" for step in kept)])
 
 
 def test_a_checkpoint_holds_the_weights_after_its_step(tmp_path):
