@@ -80,7 +80,9 @@ def compare_runs(runs: list[Run]) -> Report:
     """The page of several runs: each figure beside the others', settings where they differ, and the last answers."""
     summaries, names = [summary(run) for run in runs], [run.name for run in runs]
     figures = {what: [found.get(what, "—") for found in summaries] for what in dict.fromkeys(w for s in summaries for w in s)}
-    tables = {"Runs": {"": names} | figures, "Settings that differ": {"": names} | differing(runs)}
+    tables, unlike = {"Runs": {"": names} | figures}, differing(runs)
+    if unlike:
+        tables["Settings that differ"] = {"": names} | unlike
     return Report(f"minilora: {', '.join(names)}", "", [], charts(runs), maps(runs), last_answers(runs), tables)
 
 
@@ -136,8 +138,8 @@ def maps(runs: list[Run]) -> list[Chart]:
         if run.norms:
             rows, outside = by_module(run.norms)
             beside = "".join(f"; {path} {norm:.3g}" for path, norm in outside.items())
-            least = min(run.norms.values())
-            title = f"{run.name}, {run.norms_of}: {least:.3g} (light) to {max(run.norms.values()):.3g} (dark){beside}"
+            least, largest = min(run.norms.values()), max(run.norms.values())
+            title = f"{run.name}, {run.norms_of}: {least:.3g} to {largest:.3g}, the darkest blue is {most:.3g}{beside}"
             made.append(Chart(title, Markup(heat_map(rows, most)) if rows else Markup("")))
     return made
 

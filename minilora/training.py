@@ -124,6 +124,8 @@ def _check(model, dataset, config: TrainConfig, eval_dataset, questions, output_
         raise ValueError("load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps")
     if config.eval_metrics and not (eval_dataset and questions and questions.conversations and config.eval_samples):
         raise ValueError("eval_metrics need conversations to evaluate on, questions, and eval_samples above 0")
+    if questions and not eval_dataset:
+        raise ValueError("questions are asked at evaluations, which need an eval_dataset")
     require_extras([*config.eval_metrics, *config.trackers])
     if config.trackers and not output_dir:
         raise ValueError("report_to needs an output_dir, which the trackers write into")

@@ -33,6 +33,13 @@ def test_whatever_is_drawn_lies_within_the_axes(points):
     assert all(LEFT <= x <= WIDTH - RIGHT and TOP - 0.1 <= y <= HEIGHT - BOTTOM for x, y in found)
 
 
+def test_no_number_stands_beyond_the_last_step():
+    svg = ElementTree.fromstring(line_chart([Line("a", [(1, 0.0), (75, 1.0)], "red")], "loss"))
+    below = [text for text in svg.iter("text") if text.get("text-anchor") == "middle"]
+    assert [text.text for text in below] == ["0", "20", "40", "60"]
+    assert all(LEFT <= float(text.get("x")) < WIDTH - RIGHT for text in below)
+
+
 def test_what_is_not_finite_is_left_out():
     points = [(1, math.nan), (2, 1.0), (3, math.inf), (4, 2.0)]
     assert line_chart([Line("a", points, "red")], "loss") == line_chart([Line("a", points[1::2], "red")], "loss")

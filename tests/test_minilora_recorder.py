@@ -140,6 +140,8 @@ def test_the_adapter_that_answers_best_is_kept_and_its_answers_are_in_the_log(tm
 
 def test_answers_that_nobody_can_give_are_told_before_the_first_step(tmp_path):
     config = lora.TrainConfig(**OVERFITTING, eval_metrics=["exact_match"])
+    with pytest.raises(ValueError, match="questions are asked at evaluations, which need an eval_dataset"):
+        lora.train(adapted(), examples(4), lora.TrainConfig(), progress=False, questions=lora.Questions([], list))
     for questions in (None, lora.Questions([], list)):
         with pytest.raises(ValueError, match="eval_metrics need conversations to evaluate on, questions"):
             lora.train(adapted(), examples(4), config, examples(4), tmp_path / "run", progress=False, questions=questions)

@@ -1,5 +1,6 @@
 """What TensorBoard's event files and an offline run of Weights & Biases hold is what log.jsonl holds."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
+from minilora import tracking
 from minilora.tracking import figures_of
 
 
@@ -68,6 +70,21 @@ def test_a_run_that_fails_has_written_what_it_told(tmp_path):
     with pytest.raises(FloatingPointError):
         train(tmp_path, report_to="tensorboard", learning_rate=1e30)
     assert [step for step, _ in read_events(tmp_path / "tensorboard")["train/loss"]] == [1]
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e30])
+def test_a_tracker_is_closed_however_the_run_ends(tmp_path, monkeypatch, learning_rate):
+    closed = []
+
+    class Counting(tracking.TensorBoard):
+        def close(self):
+            super().close()
+            closed.append(self)
+
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Counting)
+    with contextlib.suppress(FloatingPointError):
+        train(tmp_path, report_to="tensorboard", learning_rate=learning_rate)
+    assert len(closed) == 1
 
 
 def test_watching_changes_no_bit_and_may_be_chosen_anew_for_the_rest_of_a_run(tmp_path):
