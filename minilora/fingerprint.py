@@ -17,7 +17,8 @@ from minilora.config import TrainConfig
 from minilora.data import Example
 from minilora.kernels.nf4_tensor import NF4Tensor
 
-HARMLESS = {"logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly"}  # of TrainConfig
+# Fields of TrainConfig that change nothing of what is learnt.
+HARMLESS = {"logging_steps", "save_strategy", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly"}
 ELEMENTS = 1024  # of each frozen tensor that are read
 SHOWN = 20  # differences spelled out before the rest is only counted
 

@@ -39,7 +39,8 @@ OTHERS = {
     "max_steps": 7, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 3,
     "gradient_checkpointing": True, "weight_decay": 0.5, "max_grad_norm": 2.0, "on_nonfinite": "skip", "detect_anomaly": True,
     "logging_steps": 3, "eval_steps": 3, "save_steps": 3, "save_total_limit": 3, "load_best_model_at_end": True,
-    "early_stopping_patience": 3, "seed": 3, "packing": True, "max_seq_length": 9,
+    "early_stopping_patience": 3, "seed": 3, "packing": True, "max_seq_length": 9, "eval_strategy": "epoch",
+    "save_strategy": "epoch",
 }  # fmt: skip
 
 
