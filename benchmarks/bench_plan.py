@@ -16,16 +16,26 @@ import minilora as lora
 from benchmarks import protocol
 from minilora import demo_weights, phi3, planning
 from minilora.data import Example
+from minilora.kernels import cross_entropy
+from minilora.kernels.cross_entropy import CHUNK
 from minilora.recorder import TrainResult
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 STEPS = 2
-PLAIN = {"rows": 4, "length": 128, "accumulated": 1, "dtype": "float32", "quantize": None, "checkpointing": False, "dropout": 0.0}
-# Each names what it changes of the settings before it, in the order in which one would turn to them.
+PLAIN = {
+    "rows": 4,
+    "length": 128,
+    "accumulated": 1,
+    "dtype": "float32",
+    "quantize": None,
+    "checkpointing": False,
+    "dropout": 0.0,
+    "chunk": CHUNK,
+}
+# What each changes of these settings.
 LEVERS = {
     "none: 4 rows of 128 tokens, float32": {},
     "a quarter of the rows, 4 batches a step (gradient_accumulation_steps)": {"rows": 1, "accumulated": 4},
-    "half the length": {"length": 64},
     "activation checkpointing (gradient_checkpointing)": {"checkpointing": True},
     "no holes in glibc's heap (MALLOC_MMAP_THRESHOLD_=65536)": {"environment": {"MALLOC_MMAP_THRESHOLD_": "65536"}},
     "checkpointing, no holes": {"checkpointing": True, "environment": {"MALLOC_MMAP_THRESHOLD_": "65536"}},
@@ -33,6 +43,7 @@ LEVERS = {
     "a 4-bit base (load_in_4bit)": {"quantize": "nf4"},
     "4-bit base, bfloat16, checkpointing": {"quantize": "nf4", "dtype": "bfloat16", "checkpointing": True},
     "dropout of 0.05": {"dropout": 0.05},
+    "full logits, which cross-entropy in chunks of 256 rows spares": {"chunk": 1024},
 }
 
 
@@ -60,6 +71,7 @@ def cells(row: dict) -> list[str]:
 
 def run(folder: str, case: dict) -> None:
     """Plans and takes a few steps in this process, and prints both as the last line."""
+    cross_entropy.CHUNK = planning.CHUNK = case["chunk"]
     config = settings(case)
     planned, seconds = plan(folder, case, config)
     train(tiny(case), case | {"length": 32}, config)
