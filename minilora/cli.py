@@ -134,6 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", type=Path, nargs="?", const=True, default=False, metavar="CHECKPOINT",
         help="go on from a checkpoint; without a name from the newest one in the output folder",
     )  # fmt: skip
+    train.add_argument(
+        "--plan", action="store_true", help="tell the memory and time that it will need, load no weights and train nothing"
+    )
     train.add_argument("--detect-anomaly", action="store_true", help="name the operation that gives the first NaN; slow")
     train.add_argument("--drop-long", action="store_true", help="leave out conversations over max_seq_length instead of stopping")
     _settings(train)

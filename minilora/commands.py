@@ -16,7 +16,7 @@ from minilora import phi3
 from minilora.adapter import read_adapter_config
 from minilora.checkpoint import find_checkpoints, find_resumed
 from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config
-from minilora.data import shuffled_batches
+from minilora.data import Example, shuffled_batches
 from minilora.distributed import in_turn, joined, rank, wait_for_all, world_size
 from minilora.export import export_adapter
 from minilora.extras import require_extras
@@ -27,6 +27,7 @@ from minilora.kernels import backend
 from minilora.layers import adapted_layers
 from minilora.lengths import describe_padding
 from minilora.peft_config import read_peft_config
+from minilora.planning import batches_of, describe_plan
 from minilora.preparation import count_shared, gather, prepare
 from minilora.questions import measure
 from minilora.recorder import best_evaluation
@@ -50,8 +51,8 @@ def train(args: Namespace) -> None:
     run = read_run_config(args.config, args.set)
     require_extras([*run.training.eval_metrics, *run.training.trackers])
     training = replace(run.training, detect_anomaly=run.training.detect_anomaly or args.detect_anomaly)
-    output = _output_of_training(args, run)
-    checkpoint = find_resumed(args.resume, output) if args.resume else None
+    output = None if args.plan else _output_of_training(args, run)
+    checkpoint = find_resumed(args.resume, output) if args.resume and not args.plan else None
     if run.without_effect:
         print(f"without effect here, there is one way only: {', '.join(run.without_effect)}")
     if run.load_in_4bit:
@@ -60,6 +61,8 @@ def train(args: Namespace) -> None:
     conversations, held_out = gather(args.data, run.training.seed, args.eval_share)
     dataset = prepare(conversations, tokenizer, run, args.drop_long)
     print(describe_padding(dataset, run.training))
+    if args.plan:
+        return _tell_plan(args, run, training, dataset)
     eval_dataset = questions = None
     if args.eval_data or args.eval_share:
         print("to evaluate on:")
@@ -108,6 +111,20 @@ def _adapted(args: Namespace, run: RunConfig) -> phi3.Phi3ForCausalLM:
         lora.shard_base(model, _device(args.device).partition(":")[0])
         print(f"the base is split over {world_size()} processes")
     return model
+
+
+def _tell_plan(args: Namespace, run: RunConfig, training: TrainConfig, dataset: list[Example]) -> None:
+    """What the run will need, found on a model without weights."""
+    device, dtype = _placed(args.device, args.dtype, run.bf16)
+    folder = _checkpoint(args)
+    quantize = "nf4" if args.quantize or phi3.is_4_bit(folder) else None
+    model = _on_meta(folder).to(dtype)
+    plain = replace(run.peft, init_lora_weights=True, loftq_config={})  # how an adapter starts needs weights
+    lora.inject(model, plain, None if args.adapter_dtype == "model" else torch.float32)
+    lora.mark_only_lora_as_trainable(model)
+    print(describe_adapter(model, run.peft))
+    print(describe_plan(model, batches_of(dataset, training), training, device, quantize))
+    print("nothing was loaded, trained or written")
 
 
 def _output_of_training(args: Namespace, run: RunConfig) -> Path:
@@ -386,6 +403,18 @@ def load_model(
     Args:
         home: where the weights lie until they are split over the devices; the device itself when None.
     """
+    device, dtype = _placed(device, dtype, bf16)
+    model = phi3.load(path, dtype, home or device, revision, quantize)
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
+    print(f"{path}: {count_parameters(model)[1]:,} parameters in {_dtype_of(model)} on {where}")
+    if phi3.quantized_weights(model):
+        print(describe_base(model))
+    print(f"kernels: {backend.describe(torch.device(device), dtype)}")
+    return model
+
+
+def _placed(device: str, dtype: str, bf16: bool | None) -> tuple[str, torch.dtype]:
+    """The device and the dtype that the command line means, where it leaves them to be chosen too."""
     device = _device(device)
     try:
         torch.empty(0, device=device)
@@ -396,13 +425,7 @@ def load_model(
         dtype = "bfloat16" if bf16 else "float32"
     elif bf16 is not None and (dtype == "bfloat16") != bf16:
         raise ValueError(f"--dtype {dtype} and bf16 = {str(bf16).lower()} in [training] contradict one another")
-    model = phi3.load(path, getattr(torch, dtype), home or device, revision, quantize)
-    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
-    print(f"{path}: {count_parameters(model)[1]:,} parameters in {dtype} on {where}")
-    if phi3.quantized_weights(model):
-        print(describe_base(model))
-    print(f"kernels: {backend.describe(torch.device(device), getattr(torch, dtype))}")
-    return model
+    return device, getattr(torch, dtype)
 
 
 def _device(device: str) -> str:

@@ -15,6 +15,7 @@ Compute = Literal["bfloat16", "float32"]
 Bias = Literal["none", "all", "lora_only"]
 NonFinite = Literal["stop", "skip"]
 Metric = Literal["exact_match", "rougeL"]
+Strategy = Literal["no", "steps", "epoch"]
 REPORT_TO = ("tensorboard", "wandb")
 STARTS = (True, "pissa", "olora", "loftq")  # of lora_A and lora_B
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
@@ -22,6 +23,10 @@ LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 
 def _at_least(least: float):
     return (lambda value: least <= value < math.inf), f"must be at least {least}"
+
+
+def _one_of(kind):
+    return (lambda value: value in get_args(kind)), f"must be one of {', '.join(get_args(kind))}"
 
 
 def _is_pattern(text: str) -> bool:
@@ -50,7 +55,7 @@ RULES = {
         "must name modules, or be a pattern for some",
     ),
     "layers_pattern": (lambda value: _are_patterns(value or []), "must hold regular expressions"),
-    "bias": (lambda value: value in get_args(Bias), f"must be one of {', '.join(get_args(Bias))}"),
+    "bias": _one_of(Bias),
     "init_lora_weights": (lambda value: value in STARTS, f"must be one of {', '.join(map(repr, STARTS))}"),
     "loftq_config": (
         lambda value: value.keys() <= LOFTQ.keys() and value.get("loftq_bits", 4) == 4 and value.get("loftq_iter", 1) >= 1,
@@ -64,7 +69,7 @@ RULES = {
         lambda value: _are_patterns(value) and all(map(math.isfinite, value.values())),
         "must map regular expressions to finite numbers",
     ),
-    "lr_scheduler_type": (lambda value: value in get_args(Schedule), f"must be one of {', '.join(get_args(Schedule))}"),
+    "lr_scheduler_type": _one_of(Schedule),
     "bnb_4bit_compute_dtype": (
         lambda value: value is None or value in get_args(Compute),
         f"must be one of {', '.join(get_args(Compute))}",
@@ -79,7 +84,9 @@ RULES = {
     "gradient_accumulation_steps": _at_least(1),
     "weight_decay": _at_least(0),
     "max_grad_norm": (lambda value: value > 0, "must be positive"),
-    "on_nonfinite": (lambda value: value in get_args(NonFinite), f"must be one of {', '.join(get_args(NonFinite))}"),
+    "on_nonfinite": _one_of(NonFinite),
+    "eval_strategy": _one_of(Strategy),
+    "save_strategy": _one_of(Strategy),
     "logging_steps": _at_least(1),
     "eval_steps": _at_least(0),
     "eval_samples": _at_least(0),
@@ -239,10 +246,12 @@ class TrainConfig:
     detect_anomaly: bool = False  # name the operation whose backward gives the first NaN; much slower
     logging_steps: int = 1  # steps between lines of the log
     report_to: list[str] | str = "none"  # who is told of them beside log.jsonl: "tensorboard", "wandb"
+    eval_strategy: Strategy = "steps"  # evaluate every eval_steps, after each "epoch", or, "no", at the end only, as all do
     eval_steps: int = 0  # steps between evaluations; 0 for one at the end only
     eval_samples: int = 4  # of the conversations to evaluate on, the first so many are answered too, and kept in the log
     eval_max_new_tokens: int = 64  # tokens of such an answer at most
     eval_metrics: list[str] = field(default_factory=list)  # of these answers: "exact_match", "rougeL"
+    save_strategy: Strategy = "steps"  # save a checkpoint every save_steps, after each "epoch", or, "no", none
     save_steps: int = 0  # steps between checkpoints; 0 for none, and the adapter at the end only
     save_total_limit: int = 2  # checkpoints that are kept, the latest
     load_best_model_at_end: bool = False  # the adapter at the end is that of the best evaluation
@@ -313,11 +322,33 @@ RUN_KEYS = {
 DECIDED = {
     "training": {
         "do_eval": None, "remove_unused_columns": None, "log_level": None, "logging_strategy": ("steps",),
-        "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
+        "gradient_checkpointing_kwargs": ({"use_reentrant": False},), "fp16": (False,), "adam_beta1": (0.9,),
+        "adam_beta2": (0.999,), "adam_epsilon": (1e-8,),
+        "optim": ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw"),
     },
     "peft": {"task_type": ("CAUSAL_LM",)},
     "quantization": {"bnb_4bit_quant_type": ("nf4",), "bnb_4bit_use_double_quant": (True,)},
 }  # fmt: skip
+# What stands here for keys of transformers, trl and bitsandbytes that are not known by their own names.
+COUNTERPARTS = {
+    "training": {
+        "evaluation_strategy": "eval_strategy stands for it, its name since transformers 4.41",
+        "fp16": "bf16 stands for it, with the range of float32 and no scale on the loss",
+        "optim": "AdamW with moments in float32 is the one optimizer; those of an adapter are small",
+        "warmup_steps": "warmup_ratio stands for it, a share of all steps",
+        "max_length": "max_seq_length stands for it",
+        "max_seq_len": "max_seq_length stands for it",
+        "do_train": "the command train stands for it",
+        "dataset_text_field": "--data stands for it: conversations, which the model's own template writes",
+        "push_to_hub": "OUTPUT/adapter stands for it, a folder that PEFT can push",
+        "neftune_noise_alpha": "nothing stands for it: embeddings get no noise",
+    },
+    "peft": {"rank": "r stands for it", "alpha": "lora_alpha stands for it", "dropout": "lora_dropout stands for it"},
+    "quantization": {
+        "load_in_8bit": "load_in_4bit stands for it",
+        "bnb_4bit_quant_storage": "nothing stands for it: codes are bytes",
+    },
+}
 
 
 def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -347,10 +378,12 @@ def read_run_config(path: Path | str | None = None, overrides: Sequence[str] = (
             allowed, value = DECIDED[table][key], given[table].pop(key)
             without_effect.append(f"{table}.{key}")
             if allowed is not None and value not in allowed:
-                faults.append(f"{table}.{key} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+                why = f": {COUNTERPARTS[table][key]}" if key in COUNTERPARTS[table] else ""
+                faults.append(f"{table}.{key} must be {' or '.join(map(repr, allowed))}, not {value!r}{why}")
         elif key not in keys[table]:
             del given[table][key]
-            faults.append(f"{table}.{key} is unknown; known are {', '.join(sorted([*keys[table], *DECIDED[table]]))}")
+            known = f"known are {', '.join(sorted([*keys[table], *DECIDED[table]]))}"
+            faults.append(f"{table}.{key} is unknown; {COUNTERPARTS[table].get(key, known)}")
     run = {key: given[table].pop(key) for table, own in RUN_KEYS.items() for key in own if key in given[table]}
     parts = {"training": (TrainConfig, given["training"]), "peft": (LoraConfig, given["peft"]), "run": (RunConfig, run)}
     made = {}

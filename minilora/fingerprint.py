@@ -19,7 +19,7 @@ from minilora.distributed import train_batch_size
 from minilora.kernels.nf4_tensor import NF4Tensor
 
 HARMLESS = {  # of TrainConfig
-    "logging_steps", "report_to", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly",
+    "logging_steps", "report_to", "save_strategy", "save_steps", "save_total_limit", "gradient_checkpointing", "detect_anomaly",
     "greater_is_better",
 }  # fmt: skip
 BATCH = "per_device_train_batch_size"  # which counts together with the number of processes

@@ -13,7 +13,7 @@ from torch import nn
 
 from minilora.adapter import load_adapter, save_adapter
 from minilora.checkpoint import checkpoint_folder, find_checkpoints, load_checkpoint, save_checkpoint
-from minilora.config import TrainConfig
+from minilora.config import Strategy, TrainConfig
 from minilora.data import Example
 from minilora.distributed import broadcast, rank, train_batch_size, wait_for_all
 from minilora.evaluation import evaluate
@@ -133,7 +133,7 @@ class Recorder:
                 speed = {"tokens_per_second": round(tokens / seconds, 1), "memory": peak_memory(self.device)}
                 self._log(line | {"tokens": result.tokens, "seconds": round(result.seconds, 3)} | speed)
             self._log_spikes(line, examples)
-        if self.eval_dataset and (last or (config.eval_steps and step % config.eval_steps == 0)):
+        if self.eval_dataset and (last or self._is_due(config.eval_strategy, config.eval_steps)):
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
@@ -185,6 +185,18 @@ class Recorder:
             with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
 
+    def _is_due(self, strategy: Strategy, every: int) -> bool:
+        """Whether the step just taken is one of every so many, or ended an epoch, as the strategy has it."""
+        step = self.result.steps
+        if strategy == "epoch":
+            return self._place(step)[0] > self._place(step - 1)[0]
+        return strategy == "steps" and every > 0 and step % every == 0
+
+    def _place(self, steps: int) -> tuple[int, int]:
+        """The epoch and the batch in it that come after so many steps."""
+        batches_an_epoch = math.ceil(len(self.dataset) / train_batch_size(self.config))
+        return divmod(steps * self.config.gradient_accumulation_steps, batches_an_epoch)
+
     def out_of_patience(self) -> bool:
         """Whether the last early_stopping_patience evaluations were all no better than one before them."""
         evaluations, patience = [line for line in self.result.log if "eval_loss" in line], self.config.early_stopping_patience
@@ -195,10 +207,10 @@ class Recorder:
     # Checkpoints
 
     def save_if_due(self, now: bool) -> None:
-        """Saves a checkpoint every save_steps, of the best evaluation so far, and now if so asked."""
+        """Saves a checkpoint where the config says, of the best evaluation so far, and now if so asked."""
         config, step = self.config, self.result.steps
         best = config.load_best_model_at_end and self._best_step() == step
-        if self.output_dir and (now or best or (config.save_steps and step % config.save_steps == 0)):
+        if self.output_dir and (now or best or self._is_due(config.save_strategy, config.save_steps)):
             fingerprint = self.fingerprint  # which all processes find together
             if self.writes:
                 self._save_checkpoint(checkpoint_folder(self.output_dir, step), fingerprint)
@@ -207,9 +219,7 @@ class Recorder:
     def _save_checkpoint(self, folder: Path, fingerprint: dict) -> None:
         """Saves one, and then removes those before it but the latest save_total_limit and the best."""
         result, config = self.result, self.config
-        batches_an_epoch = math.ceil(len(self.dataset) / train_batch_size(config))
-        place = divmod(result.steps * config.gradient_accumulation_steps, batches_an_epoch)  # epoch and batch that come next
-        progress = {"place": place, "recent": self.recent, "result": asdict(result)}
+        progress = {"place": self._place(result.steps), "recent": self.recent, "result": asdict(result)}
         save_checkpoint(folder, self.model, self.optimizer, self.schedule, fingerprint, progress, self.base)
         found = find_checkpoints(self.output_dir)
         old = found[: found.index(folder) + 1][: -config.save_total_limit]

@@ -48,8 +48,8 @@ def train(
     Args:
         model: maps input_ids and labels (B, T) to the mean loss, as Phi3ForCausalLM does; with config.packing also given an
             attention_mask (B, T), which numbers the documents of each row.
-        eval_dataset: evaluated every config.eval_steps, and at the end.
-        output_dir: takes log.jsonl, checkpoint-STEP/ every config.save_steps, and adapter/ at the end; None writes nothing.
+        eval_dataset: evaluated as config.eval_strategy says, and at the end.
+        output_dir: takes log.jsonl, checkpoint-STEP/ as config.save_strategy says, and adapter/ at the end; None writes nothing.
         base: name of the base model, noted in the saved adapters.
         resume: a checkpoint to go on from, or True for the newest one in output_dir. Model, adapter, settings and data must be
             those of the run that wrote it (minilora.fingerprint).
@@ -120,8 +120,11 @@ def _check(model, dataset, config: TrainConfig, eval_dataset, questions, output_
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not dataset or not trained:
         raise ValueError("training needs at least one conversation and one trainable parameter (mark_only_lora_as_trainable)")
-    if (config.load_best_model_at_end or config.early_stopping_patience) and not (eval_dataset and config.eval_steps):
-        raise ValueError("load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps")
+    if (config.load_best_model_at_end or config.early_stopping_patience) and not (eval_dataset and _evaluates(config)):
+        raise ValueError(
+            "load_best_model_at_end and early_stopping_patience need conversations to evaluate on, and eval_steps or "
+            'eval_strategy = "epoch"'
+        )
     if config.eval_metrics and not (eval_dataset and questions and questions.conversations and config.eval_samples):
         raise ValueError("eval_metrics need conversations to evaluate on, questions, and eval_samples above 0")
     if questions and not eval_dataset:
@@ -133,6 +136,11 @@ def _check(model, dataset, config: TrainConfig, eval_dataset, questions, output_
         _check_output(model, set(trained), output_dir, checkpoint)
     elif config.load_best_model_at_end:
         raise ValueError("load_best_model_at_end needs an output_dir, where the best checkpoint lies until then")
+
+
+def _evaluates(config: TrainConfig) -> bool:
+    """Whether there are evaluations on the way."""
+    return config.eval_strategy == "epoch" or (config.eval_strategy == "steps" and config.eval_steps > 0)
 
 
 def _check_output(model: nn.Module, trained: set[str], output_dir: Path, checkpoint: Path | None) -> None:

@@ -7,8 +7,18 @@ import torch
 from helpers import tiny_config
 from without_gpu import counting
 
-from benchmarks import bench_family, bench_lines, bench_lora_linear, bench_parity, bench_qlora, bench_static, bench_true_size
-from minilora import phi3
+from benchmarks import (
+    bench_family,
+    bench_lines,
+    bench_lora_linear,
+    bench_parity,
+    bench_plan,
+    bench_qlora,
+    bench_static,
+    bench_true_size,
+)
+from minilora import phi3, planning
+from minilora.kernels import cross_entropy
 from minilora.trainable import count_parameters
 
 
@@ -159,3 +169,20 @@ def test_lines_are_counted_of_the_library_alone():
     assert set(loralib["files"]) == {"__init__.py", "layers.py", "utils.py"}
     assert loralib["lines"] < ours["lines"] < peft["lines"] / 4
     assert bench_lines.table([loralib]).splitlines()[2].startswith("| loralib 0.1.2 | 3 | ")
+
+
+def test_every_lever_is_planned_and_then_measured(monkeypatch, tiny_checkpoint, capsys):
+    monkeypatch.setattr(planning, "SECONDS", 0.0)
+    for changes in bench_plan.LEVERS.values():
+        monkeypatch.setattr(cross_entropy, "CHUNK", cross_entropy.CHUNK)  # put back as they were when the test ends
+        monkeypatch.setattr(planning, "CHUNK", planning.CHUNK)
+        bench_plan.run(str(tiny_checkpoint), bench_plan.PLAIN | changes)
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert row["planned_bytes"] > 0
+        assert row["measured_seconds"] > 0
+    assert bench_plan.cells({"lever": "none"} | row | {"planned_bytes": 11e6, "measured_bytes": 10e6})[:4] == [
+        "none",
+        "11",
+        "10",
+        "+10%",
+    ]

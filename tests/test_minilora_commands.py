@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def test_train_says_what_it_uses_and_what_it_wrote(trained, tiny_checkpoint, tmp
         assert part in said
     assert "without effect here, there is one way only: training.log_level" in said
     assert f"wrote {tmp_path / 'adapter'}" in said
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["--quantize", "nf4"], ["--dtype", "bfloat16", "--set", "peft.init_lora_weights='pissa'"]]
+)
+def test_a_plan_reads_no_weights_and_writes_nothing(trained, tiny_checkpoint, tmp_path, capsys, settings):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    run("train", "--model", bare, "--data", trained / "chat.jsonl", "--set", "training.max_steps=7", *settings, "--plan")
+    said = capsys.readouterr().out
+    assert "time: 7 steps of " in said
+    figures = {
+        line.split()[0]: line.split()[1] for line in said.partition("plan for cpu")[2].splitlines()[1:] if line[:2] == "  "
+    }
+    assert figures.keys() == {"weights", "adapter", "gradients", "moments", "activations", "holes", "transient", "peak"}
+    assert "nothing was loaded, trained or written" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_train_holds_out_a_share_weighs_and_packs(trained, tiny_checkpoint, tmp_path, capsys):

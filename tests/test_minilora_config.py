@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config, scaling
+from minilora.config import COUNTERPARTS, LoraConfig, RunConfig, TrainConfig, read_run_config, scaling
 
 NAN, INF = math.nan, math.inf
 
@@ -168,6 +168,8 @@ def test_scaling_is_alpha_by_r_or_by_its_root():
         ("gradient_accumulation_steps", 0, "must be at least 1, not 0"),
         ("logging_steps", 0, "must be at least 1, not 0"),
         ("save_total_limit", 0, "must be at least 1, not 0"),
+        ("save_strategy", "best", "must be one of no, steps, epoch, not 'best'"),
+        ("eval_strategy", "epochs", "must be one of no, steps, epoch, not 'epochs'"),
     ],
 )
 def test_a_broken_training_rule_is_refused_with_its_value(name, value, rule):
@@ -328,7 +330,7 @@ def test_an_override_cannot_hide_a_fault_of_the_file(tmp_path):
 
 
 def test_an_unknown_key_is_answered_with_the_known_ones(tmp_path):
-    message = refusal(tmp_path, "[peft]\nrank = 3\n")
+    message = refusal(tmp_path, "[peft]\nranks = 3\n")
     assert all(name in message for name in ("lora_alpha", "r,", "target_modules", "task_type"))
 
 
@@ -393,7 +395,7 @@ def test_the_table_of_the_quantisation_reads_bitsandbytesconfig(tmp_path):
     [
         (["quantization.bnb_4bit_quant_type = 'fp4'"], "quantization.bnb_4bit_quant_type must be 'nf4', not 'fp4'"),
         (["quantization.bnb_4bit_use_double_quant = false"], "bnb_4bit_use_double_quant must be True, not False"),
-        (["quantization.load_in_8bit = true"], "quantization.load_in_8bit is unknown; known are bnb_4bit_compute_dtype"),
+        (["quantization.load_in_8bit = true"], "quantization.load_in_8bit is unknown; load_in_4bit stands for it"),
         (["quantization.load_in_4bit = 1"], "quantization.load_in_4bit must be bool, not 1"),
         (["quantization.bnb_4bit_compute_dtype = 'float16'"], "quantization.bnb_4bit_compute_dtype must be one of bfloat16"),
         (["quantization.bnb_4bit_compute_dtype = 'float32'"], "quantization.bnb_4bit_compute_dtype needs load_in_4bit = true"),
@@ -433,3 +435,34 @@ def test_the_metric_of_the_best_evaluation_says_which_way_is_better(name, key, g
 def test_a_best_by_what_is_not_measured_is_refused():
     with pytest.raises(ValueError, match="metric_for_best_model must be one of eval_loss, eval_perplexity, eval_exact_match "):
         TrainConfig(eval_metrics=["exact_match"], metric_for_best_model="rougeL")
+
+
+# What the cookbook's scripts and notebooks name, value by value, where it is another key here.
+
+
+@pytest.mark.parametrize(
+    ("setting", "counterpart"),
+    [
+        ("training.evaluation_strategy = 'steps'", "is unknown; eval_strategy stands for it"),
+        ("training.fp16 = true", "must be False, not True: bf16 stands for it"),
+        ("training.optim = 'paged_adamw_8bit'", "must be 'adamw_torch' or 'adamw_torch_fused' or"),
+        ("training.dataset_text_field = 'text'", "is unknown; --data stands for it"),
+        ("training.warmup_steps = 5", "is unknown; warmup_ratio stands for it"),
+        ("peft.rank = 8", "is unknown; r stands for it"),
+        ("quantization.load_in_8bit = true", "is unknown; load_in_4bit stands for it"),
+    ],
+)
+def test_a_key_of_another_library_is_answered_with_its_counterpart(setting, counterpart):
+    with pytest.raises(ValueError, match=re.escape(f"{setting.split()[0]} {counterpart}")):
+        read_run_config(None, [setting])
+
+
+def test_every_counterpart_that_is_named_is_a_setting():
+    fields = [field.name for config in (TrainConfig, LoraConfig, RunConfig) for field in dataclasses.fields(config)]
+    said = " ".join(text for table in COUNTERPARTS.values() for text in table.values())
+    assert {word for word in re.findall(r"\w+", said) if "_" in word} <= {*fields}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit"])
+def test_optimizers_of_the_same_arithmetic_are_taken_and_told(optim):
+    assert read_run_config(None, [f"training.optim = '{optim}'"]).without_effect == ["training.optim"]

@@ -39,9 +39,9 @@ OTHERS = {
     "max_steps": 7, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 3,
     "gradient_checkpointing": True, "weight_decay": 0.5, "max_grad_norm": 2.0, "on_nonfinite": "skip", "detect_anomaly": True,
     "logging_steps": 3, "eval_steps": 3, "save_steps": 3, "save_total_limit": 3, "load_best_model_at_end": True,
-    "early_stopping_patience": 3, "seed": 3, "packing": True, "max_seq_length": 9, "eval_samples": 3,
-    "eval_max_new_tokens": 3, "eval_metrics": ["exact_match"], "metric_for_best_model": "perplexity", "greater_is_better": False,
-    "report_to": "wandb",
+    "early_stopping_patience": 3, "seed": 3, "packing": True, "max_seq_length": 9, "eval_strategy": "epoch",
+    "save_strategy": "epoch", "eval_samples": 3, "eval_max_new_tokens": 3, "eval_metrics": ["exact_match"],
+    "metric_for_best_model": "perplexity", "greater_is_better": False, "report_to": "wandb",
 }  # fmt: skip
 
 

@@ -159,3 +159,40 @@ def test_a_best_that_could_never_be_found_is_refused(tmp_path, settings):
 def test_the_best_needs_a_folder_to_lie_in():
     with pytest.raises(ValueError, match="needs an output_dir"):
         train(adapted(), None, load_best_model_at_end=True)
+
+
+# 4 conversations in batches of 2: an epoch is 2 batches.
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "accumulated", "due"),
+    [
+        ("steps", 3, 1, [3, 6]),
+        ("steps", 0, 1, []),
+        ("no", 1, 1, []),
+        ("epoch", 0, 1, [2, 4, 6]),
+        ("epoch", 3, 1, [2, 4, 6]),
+        ("epoch", 0, 3, [1, 2, 3, 4, 5, 6]),  # 3 of 2 batches: each step ends an epoch
+    ],
+)
+def test_evaluations_and_checkpoints_come_as_their_strategy_says(tmp_path, strategy, steps, accumulated, due):
+    settings = {"max_steps": 7, "gradient_accumulation_steps": accumulated, "save_total_limit": 9}
+    what = {"eval_strategy": strategy, "eval_steps": steps, "save_strategy": strategy, "save_steps": steps}
+    result = train(adapted(), tmp_path, **settings, **what)
+    assert [*losses(result)] == [*due, 7]
+    assert [int(folder.name.removeprefix("checkpoint-")) for folder in find_checkpoints(tmp_path)] == due
+
+
+def test_the_best_evaluation_may_be_one_of_each_epochs(tmp_path):
+    settings = {"eval_strategy": "epoch", "eval_steps": 0, "load_best_model_at_end": True}
+    result = train(adapted(), tmp_path, **settings)
+    assert len(losses(result)) == OVERFITTING["num_train_epochs"]
+    with pytest.raises(ValueError, match='eval_steps or eval_strategy = "epoch"'):
+        train(adapted(), tmp_path, **settings | {"eval_strategy": "no", "eval_steps": 1})
+
+
+def test_a_run_resumed_from_the_end_of_an_epoch_ends_the_same(tmp_path):
+    model, again, settings = adapted(), adapted(), {"max_steps": 6, "save_strategy": "epoch"}
+    train(model, tmp_path, **settings)
+    train(again, tmp_path, resume=tmp_path / "checkpoint-4", **settings | {"save_strategy": "no"})
+    assert same(adapter(model), adapter(again))

@@ -4,14 +4,16 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from minilora.cli import build_parser
+from minilora.cli import build_parser, main
 from minilora.config import read_run_config
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -85,9 +87,26 @@ def test_the_table_of_bytes_is_that_of_the_committed_result():
     assert "4,096 tokens, r 16, bfloat16" in " ".join(README.split())
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda file: file.name)
-def test_the_example_settings_are_read(file):
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_the_example_settings_run(file, tiny_checkpoint, tmp_path):
+    """Two steps on a tiny model, all settings but their number as they stand."""
     assert read_run_config(file).peft.r == 16
+    (tmp_path / "chat.jsonl").write_text(blocks("json")[0] * 60)
+    data = ["--data", str(tmp_path / "chat.jsonl"), "--output", str(tmp_path / "out")]
+    argv = ["train", "--model", str(tiny_checkpoint), *data, "--config", str(file), "--set", "training.max_steps=2"]
+    assert main(argv) == 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_every_key_of_the_cookbooks_scripts_is_in_the_table_of_settings():
+    table = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    keys = [key for file in EXAMPLES for values in tomllib.loads(file.read_text()).values() for key in values]
+    elsewhere = ["evaluation_strategy", "fp16", "report_to", "dataset_text_field", "modules_to_save"]  # no TOML has these
+    assert not [key for key in keys + elsewhere if f"`{key}`" not in table]
+    for file in EXAMPLES:
+        assert f"({file.name})" in table
 
 
 def test_every_folder_of_the_table_is_there():
