@@ -8,9 +8,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+import minilora as lora
+from benchmarks.bench_qlora import TARGETS
+from benchmarks.bench_true_size import PHI_3_MINI
+from minilora import phi3, planning
 from minilora.cli import build_parser, main
 from minilora.config import read_run_config
+from minilora.kernels.cross_entropy import CHUNK
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
@@ -68,6 +74,39 @@ def test_the_figures_of_the_true_size_are_those_of_the_committed_result():
     )
     assert f"a LoRA step of {train['tokens']} tokens on a CPU takes {train['peak_memory_bytes'] / 1e9:.1f} GB" in text
     assert load["peak_over_weights"] < 1.1
+
+
+def test_the_figures_of_the_4_bit_base_are_those_of_the_committed_result():
+    write, *memory = json.loads((ROOT / "benchmarks" / "results" / "qlora_true_size.json").read_text())["rows"]
+    load, step, their_load, their_step = (f"{row['peak_memory_bytes'] / 1e9:.1f} GB" for row in memory)
+    assert [row["measure"] for row in memory] == ["load", "train"] * 2
+    text = " ".join(README.split())
+    assert f"checkpoint of {write['weight_bytes'] / 1e9:.1f} GB loads so with a peak of {load}, and a LoRA step" in text
+    assert f"of {memory[1]['tokens']} tokens on a CPU takes {step}; with" in text
+    assert f"it is {their_load} and {their_step}" in text
+    assert memory[0]["peak_memory_bytes"] < 3.2e9
+
+
+def test_what_each_lever_saves_is_as_planned():
+    with torch.device("meta"):
+        model = phi3.Phi3ForCausalLM(PHI_3_MINI).to(torch.bfloat16)
+        lora.inject(model, lora.LoraConfig(r=16, target_modules=TARGETS), torch.float32)
+    lora.mark_only_lora_as_trainable(model)
+    N = 2048
+    plain, checkpointed = (
+        planning.memory(model, planning.Batch(1, N, N), lora.TrainConfig(gradient_checkpointing=wanted), "cuda", "nf4")
+        for wanted in (False, True)
+    )
+    weights = planning.memory(model, planning.Batch(1, N, N), lora.TrainConfig(), "cuda").weights
+    logits = 2 * 4 * PHI_3_MINI.vocab_size
+    rows = {
+        "4-bit base | weights": (weights, plain.weights),
+        "activation checkpointing | activations": (plain.activations, checkpointed.activations),
+        "head and loss in chunks, always | logits and their gradient": (N * logits, CHUNK * logits),
+        "8-bit AdamW, not offered | moments of the adapter": (plain.moments, plain.moments / 4),
+    }
+    for start, (before, after) in rows.items():
+        assert f"| {start} | {before / 1e9:.2f} GB | {after / 1e9:.2f} GB |" in README
 
 
 def test_every_cell_of_the_table_of_the_family_is_green():
