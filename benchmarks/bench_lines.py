@@ -8,9 +8,10 @@ from benchmarks import protocol
 
 # The rest of minilora/ is the program around the library: data, training, evaluation, demo and command line.
 PROGRAM = {
-    "__main__", "checkpoint", "cli", "commands", "conversations", "data", "demo", "demo_task", "demo_weights", "evaluation",
-    "fingerprint", "interruption", "lengths", "mixture", "numerics", "packing", "preparation", "recorder", "report", "showing",
-    "sources", "training",
+    "__main__", "charts", "checkpoint", "cli", "commands", "conversations", "data", "demo", "demo_task", "demo_weights",
+    "distributed", "evaluation", "extras", "fingerprint", "interruption", "lengths", "memory", "metrics", "mixture", "numerics",
+    "packing", "planning", "preparation", "questions", "recorder", "report", "runs", "showing", "sources", "tracking",
+    "training",
 }  # fmt: skip
 THEIRS = {"loralib": (".", {"test"}), "peft": ("tuners/lora", set())}  # folder in the package; stems left out
 

@@ -39,7 +39,10 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(values):
     assert torch.equal(offset, state.offset)
 
     back = dequantize_blocks(codes, expand(absmax_codes, nested, offset), len(values), values.dtype)
-    assert torch.equal(back, theirs.dequantize_4bit(packed, state).flatten())
+    expected = theirs.dequantize_4bit(packed, state).flatten()
+    # Where a CPU has an instruction that rounds to bfloat16, it makes zeros of what is smaller than a normal number.
+    flushed = (expected == 0) & (back.abs() < torch.finfo(torch.bfloat16).tiny)
+    assert torch.equal(back.masked_fill(flushed, 0), expected.masked_fill(flushed, 0))
 
 
 def test_the_tables_are_those_of_bitsandbytes():

@@ -14,7 +14,7 @@ CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 def test_its_cells_run_one_after_the_other(monkeypatch, tiny_checkpoint, capsys):
     monkeypatch.setattr(demo_weights, "obtain", lambda: tiny_checkpoint)
     monkeypatch.setattr(planning, "SECONDS", 0.0)
-    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(Image=bytes))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str))
     names = {}
     for cell in CELLS:
         code = "".join(cell["source"]).replace("STEPS = 32", "STEPS = 2")
@@ -38,7 +38,7 @@ def test_what_it_shows_is_of_one_real_run_from_first_to_last():
     assert [cell["execution_count"] for cell in CELLS] == [*range(1, len(CELLS) + 1)]
     outputs = [output for cell in CELLS for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert sum("text/html" in output.get("data", {}) for output in outputs) == 1
     assert "134,515,008 parameters" in " ".join(map(shown, CELLS))
     answers = shown(CELLS[-1]).splitlines()
     pairs = list(zip(answers[1::3], answers[2::3], strict=True))
