@@ -77,9 +77,11 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype,
     """(n,) values: products in float32, rounded once to dtype; written to out (n,) where there is one."""
     out = torch.empty(n, dtype=dtype, device=codes.device) if out is None else out
     pairs = PAIRS.to(codes.device).view(torch.int64).flatten()  # a byte fetches both of its values as one int64
+    fetched = pairs.new_empty(min(CACHED, n + 1) // 2)  # one room for all: fresh pages would take as long as the arithmetic
     for start in range(0, n, CACHED):
         stop = min(start + CACHED, n)
-        values = pairs.index_select(0, codes[start // 2 : (stop + 1) // 2].int()).view(torch.float32)[: stop - start]
+        at = codes[start // 2 : (stop + 1) // 2].int()
+        values = torch.index_select(pairs, 0, at, out=fetched[: len(at)]).view(torch.float32)[: stop - start]
         scales, part = absmax[start // BLOCK : -(-stop // BLOCK)], out[start:stop]
         whole = len(values) // BLOCK
         edge = whole * BLOCK
