@@ -59,7 +59,7 @@ def test_a_steps_gradient_does_not_depend_on_how_its_examples_are_split(dtype):
         loss, tokens = accumulate_gradients(model, [dataset[i : i + size] for i in range(0, 8, size)])
         assert tokens == sum(len(example.ids) for example in dataset)
         found[size] = loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    tolerance = 3e-6 if dtype == torch.float32 else 1e-12
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12  # of two gradients that are each off by 1e-6 at most
     for size in (4, 2, 1):
         assert found[size][0] == pytest.approx(found[8][0], rel=1e-6)
         for name, gradient in found[size][1].items():
