@@ -13,10 +13,11 @@ import torch
 import minilora as lora
 from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
-from minilora import phi3, planning
+from minilora import phi3
 from minilora.cli import build_parser, main
 from minilora.config import read_run_config
 from minilora.kernels.cross_entropy import CHUNK
+from minilora.training import planning
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
