@@ -165,10 +165,10 @@ def test_parity_is_counted_for_the_room_of_the_file_and_the_library_in_the_name(
 
 def test_lines_are_counted_of_the_library_alone():
     ours, loralib, peft = bench_lines.count()
-    assert {"layers", "embedding", "convolution", "injection", "adapter"} <= ours["files"].keys()
+    assert {"layers", "embedding", "convolution", "injection", "adapter_files"} <= ours["files"].keys()
     assert not {"cli", "demo", "loop"} & ours["files"].keys()
     assert set(loralib["files"]) == {"__init__.py", "layers.py", "utils.py"}
-    assert loralib["lines"] < ours["lines"] < peft["lines"] / 3
+    assert loralib["lines"] < ours["lines"] < peft["lines"] / 4
     assert bench_lines.table([loralib]).splitlines()[2].startswith("| loralib 0.1.2 | 3 | ")
 
 
