@@ -8,6 +8,7 @@ from helpers import tiny_config
 from without_gpu import counting
 
 from benchmarks import (
+    bench_drift,
     bench_family,
     bench_lines,
     bench_lora_linear,
@@ -136,6 +137,18 @@ def test_the_static_benchmark_counts_what_elementwise_operations_move(name):
     assert 1 <= line["ours bytes / least"] < 1.02
     assert line["eager bytes / least"] > 1.4
     assert not any(line[f"spilled bytes on sm_{arch}"] for arch in (80, 89, 90))
+
+
+def test_the_drift_benchmark_holds_each_way_to_float32(tiny_checkpoint, tmp_path):
+    rows = bench_drift.drift(tiny_checkpoint, tmp_path, steps=2, every=2)
+    assert [(row["way"], row["step"]) for row in rows] == [(way, 2) for way in bench_drift.WAYS]
+    exact, base, both = rows
+    assert exact["adapter_distance"] == exact["train_loss_distance"] == 0
+    assert 1e-5 < base["train_loss_distance"] < 0.1
+    assert 1e-3 < base["adapter_distance"] < 1
+    assert 1e-3 < both["adapter_distance"] < 1
+    assert all((tmp_path / way.replace(" ", "-") / "report.html").exists() for way in bench_drift.WAYS)
+    assert (tmp_path / "compared.html").exists()
 
 
 PARITY = """
