@@ -72,7 +72,7 @@ def environment(module: str) -> Path:
 def _wanted(module: str) -> list[str]:
     """What an environment is made for, as digests: of Python and the requirements, and for ours of every source file."""
     requirements = [sys.version, *LIBRARIES[module].requirements]
-    files = [file for name in SOURCES for file in (ROOT / name, *sorted((ROOT / name).glob("*.py"))) if file.is_file()]
+    files = [file for name in SOURCES for file in (ROOT / name, *sorted((ROOT / name).rglob("*.py"))) if file.is_file()]
     sources = [file.read_text(encoding="utf-8") for file in files] if module == "ours" else []
     return [hashlib.sha256("\0".join(texts).encode()).hexdigest() for texts in (requirements, sources)]
 
