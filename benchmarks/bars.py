@@ -41,13 +41,13 @@ def bar_chart(bars: Bars) -> str:
     y = TOP + ROW
     for heading, group in bars.groups.items():
         parts.append(_text(16, y + 13, heading, "bold"))
-        for name, value in group.items():
-            y += ROW
-            end, told = (right(value), format(value, bars.written)) if value is not None else (LEFT, "failed")
-            colour = BLUE if name.startswith(bars.ours) else GREY
-            parts.append(f'<rect x="{LEFT}" y="{y + 2}" width="{round(end - LEFT, 1)}" height="{ROW - 4}" fill="{colour}"/>')
-            parts += [_text(LEFT - 8, y + 13, name, anchor="end"), _text(end + 5, y + 13, told)]
         y += ROW
+        for name, value in group.items():
+            end, told = (LEFT, "failed") if value is None else (right(value), format(value, bars.written))
+            colour = BLUE if name.startswith(bars.ours) else GREY
+            parts.append(f'<rect x="{LEFT}" y="{y + 2}" width="{end - LEFT:g}" height="{ROW - 4}" fill="{colour}"/>')
+            parts += [_text(LEFT - 8, y + 13, name, anchor="end"), _text(end + 5, y + 13, told)]
+            y += ROW
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
