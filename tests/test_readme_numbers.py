@@ -133,7 +133,7 @@ def test_the_transcript_of_the_demo_is_that_of_the_committed_result():
         shares = row[f"exact_{when}"], row[f"exact_{when}_new_phrasings"]
         exact = "exact answers: {:.0%} of unseen sentences, {:.0%} of new phrasings".format(*shares)
         assert f"loss on unseen sentences {row[f'eval_loss_{when}']:.3f}; {exact}" in transcript
-    assert "[{:02.0f}:{:02.0f}<00:00".format(*divmod(row["seconds_train"], 60)) in transcript
+    assert "[{:02}:{:02}<00:00".format(*divmod(int(row["seconds_train"]), 60)) in transcript
 
 
 def test_the_figures_of_the_demo_are_those_of_the_committed_result():
