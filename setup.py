@@ -10,6 +10,8 @@ ROUGE = ["rouge-score"]  # the metric rougeL
 TENSORBOARD = ["tensorboard"]
 WANDB = ["wandb"]
 
+FOLDERS = ["adapters", "data", "demo", "reporting", "training"]  # of minilora/
+
 setup(
     name="minilora",
     version="0.1.0",
@@ -18,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["minilora", "minilora.kernels", "minilora.phi3"],
+    packages=["minilora", *(f"minilora.{folder}" for folder in FOLDERS), "minilora.kernels", "minilora.phi3"],
     package_dir={"minilora": "minilora", "minilora.kernels": "kernels", "minilora.phi3": "phi3"},
     # Three more are imported and come along with these: jinja2 with torch, huggingface_hub and tqdm with tokenizers (held by
     # tests/test_imports.py).

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from minilora.charts import short, ticks
+from minilora.reporting.charts import short, ticks
 
 WIDTH, LEFT, RIGHT = 760, 290, 56  # names stand on the left, the last value on the right
 ROW, TOP, BOTTOM = 18, 36, 44  # a row's height; room for the title, and for the ticks and the axis

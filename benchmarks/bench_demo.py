@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks import protocol
-from minilora import demo_weights
+from minilora.demo import weights as demo_weights
 
 
 def main() -> None:

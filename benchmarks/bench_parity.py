@@ -12,8 +12,8 @@ LIBRARIES = ("loralib", "peft", "transformers")
 
 
 def main() -> None:
-    """Runs the tests of the LoRA library, keeps the counts as JSON and the table as Markdown, and prints the table."""
-    files = [*protocol.ROOT.glob("tests/test_minilora_*.py"), *protocol.ROOT.glob("tests/test_loralib*.py")]
+    """Runs the tests of the LoRA library and of training, keeps the counts as JSON and as Markdown, and prints them."""
+    files = [file for stem in ("adapters_*", "loralib", "training_*") for file in protocol.ROOT.glob(f"tests/test_{stem}.py")]
     rows = read_report(protocol.run_tests(*(str(file.relative_to(protocol.ROOT)) for file in sorted(files))))
     protocol.write("parity", rows)
     protocol.write_table("parity", table(rows))
@@ -27,7 +27,7 @@ def read_report(report: str) -> list[dict]:
     """
     counts = {}
     for case in protocol.cases(report):
-        room = case["file"].removeprefix("test_").removeprefix("minilora_")
+        room = case["file"].removeprefix("test_").replace("_", "/", 1)
         # A whole file may be about one library, test_loralib.py; otherwise a test says in its own name whom it compares with.
         for library in (name for name in LIBRARIES if room == name or re.search(rf"_{name}s?(_|$)", case["test"])):
             counts.setdefault(room, {name: Counter() for name in LIBRARIES})[library][case["outcome"]] += 1

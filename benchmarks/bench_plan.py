@@ -14,11 +14,13 @@ import torch
 
 import minilora as lora
 from benchmarks import protocol
-from minilora import demo_weights, phi3, planning
-from minilora.data import Example
+from minilora import phi3
+from minilora.data.encoding import Example
+from minilora.demo import weights as demo_weights
 from minilora.kernels import cross_entropy
 from minilora.kernels.cross_entropy import CHUNK
-from minilora.recorder import TrainResult
+from minilora.training import planning
+from minilora.training.recorder import TrainResult
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 STEPS = 2

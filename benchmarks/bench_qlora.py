@@ -18,8 +18,11 @@ import torch
 import minilora as lora
 from benchmarks import protocol
 from benchmarks.bench_lora_linear import LAYERS
-from minilora import demo, demo_task, demo_weights, phi3
-from minilora.data import Example
+from minilora import phi3
+from minilora.data.encoding import Example
+from minilora.demo import demo
+from minilora.demo import task as demo_task
+from minilora.demo import weights as demo_weights
 from minilora.kernels.nf4_tensor import NF4Tensor
 
 SIDES = ("minilora", "transformers + peft + bitsandbytes")

@@ -15,10 +15,10 @@ import torch
 import minilora as lora
 from benchmarks import protocol
 from minilora import phi3
-from minilora.data import Example
+from minilora.adapters.trainable import count_parameters
+from minilora.data.encoding import Example
 from minilora.phi3.generation import generate_ids
 from minilora.phi3.weights import plan_shards, write_index
-from minilora.trainable import count_parameters
 
 PHI_3_MINI = phi3.Phi3Config(original_max_position_embeddings=4096, sliding_window=2047)  # 3,821,079,552 parameters
 SHARD_BYTES = 5_000_000_000

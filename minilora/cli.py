@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
-from minilora.config import RUN_KEYS, LoraConfig, Metric, RunConfig, TrainConfig
+from minilora.adapters.config import LoraConfig
+from minilora.config import RUN_KEYS, RunConfig
+from minilora.training.config import Metric, TrainConfig
 
 DESCRIPTION = """LoRA fine-tuning of the Phi-3 family.
 
@@ -268,7 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import torch  # after parsing, so that --help and a mistyped option answer at once
 
-    from minilora import commands, distributed
+    from minilora import commands
+    from minilora.training import distributed
 
     try:
         getattr(commands, args.command.replace(" ", "_"))(args)  # "data show"

@@ -13,35 +13,37 @@ from torch import Tensor, nn
 
 import minilora as lora
 from minilora import phi3
-from minilora.adapter import read_adapter_config
-from minilora.checkpoint import find_checkpoints, find_resumed
-from minilora.config import LoraConfig, RunConfig, TrainConfig, read_run_config
-from minilora.data import Example, shuffled_batches
-from minilora.distributed import in_turn, joined, rank, wait_for_all, world_size
-from minilora.export import export_adapter
+from minilora.adapters.adapter_files import read_adapter_config
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.export import export_adapter
+from minilora.adapters.injection import find_targets
+from minilora.adapters.inspection import Inspection, inspect_adapter, misfits
+from minilora.adapters.layers import adapted_layers
+from minilora.adapters.peft_config import read_peft_config
+from minilora.adapters.trainable import count_parameters
+from minilora.adapters.tying import TiedLinear
+from minilora.config import RunConfig, read_run_config
+from minilora.data.encoding import Example, shuffled_batches
+from minilora.data.lengths import describe_padding
+from minilora.data.preparation import count_shared, gather, prepare
+from minilora.data.showing import show_batch
 from minilora.extras import require_extras
 from minilora.files import remove_folder
-from minilora.injection import find_targets
-from minilora.inspection import Inspection, inspect_adapter, misfits
 from minilora.kernels import backend
-from minilora.layers import adapted_layers
-from minilora.lengths import describe_padding
-from minilora.peft_config import read_peft_config
-from minilora.planning import batches_of, describe_plan
-from minilora.preparation import count_shared, gather, prepare
-from minilora.questions import measure
-from minilora.recorder import best_evaluation
-from minilora.report import compare_runs, report_run, write_report
-from minilora.runs import read_run
-from minilora.showing import show_batch
-from minilora.trainable import count_parameters
-from minilora.tying import TiedLinear
+from minilora.reporting.report import compare_runs, report_run, write_report
+from minilora.reporting.runs import read_run
+from minilora.training.checkpoint import find_checkpoints, find_resumed
+from minilora.training.config import TrainConfig
+from minilora.training.distributed import in_turn, joined, rank, wait_for_all, world_size
+from minilora.training.planning import batches_of, describe_plan
+from minilora.training.questions import measure
+from minilora.training.recorder import best_evaluation
 
 PROBE = "The key is under the mat, and the tea is ready in three minutes."  # what merge is measured on
 
 
 def demo(args: Namespace) -> None:
-    from minilora.demo import run  # its extra packages are needed by no other command
+    from minilora.demo.demo import run  # its extra packages are needed by no other command
 
     run(args.output, args.model and _checkpoint(args, phi3.CHECKPOINT_FILES), args.max_steps, args.quantize)
 

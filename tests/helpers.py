@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.data import Example
+from minilora.data.encoding import Example
 from minilora.phi3 import Phi3Config, Phi3ForCausalLM
 
 SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}  # after the 256 bytes

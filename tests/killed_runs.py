@@ -16,7 +16,7 @@ import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
-from minilora.checkpoint import find_checkpoints
+from minilora.training.checkpoint import find_checkpoints
 
 CONFIG = lora.TrainConfig(
     learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=4, save_steps=2,

@@ -16,10 +16,10 @@ import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
-from minilora import training
-from minilora.distributed import broadcast, in_turn, joined, of_this_rank, rank, sum_gradients, summed, world_size
 from minilora.kernels.nf4_tensor import NF4Tensor
-from minilora.recorder import Recorder
+from minilora.training import loop
+from minilora.training.distributed import broadcast, in_turn, joined, of_this_rank, rank, sum_gradients, summed, world_size
+from minilora.training.recorder import Recorder
 
 DATA, HELD_OUT = examples(9), examples(12)[9:]  # 9 in batches of 4: of the last one no second process gets any
 SETTINGS = {
@@ -104,14 +104,14 @@ def kill_in_step(step: int, number: signal.Signals) -> None:
 
 def is_infinite(folder: Path):
     """The weights of rank 1 alone turn infinite in the second step."""
-    step = training.clip_gradients
+    step = loop.clip_gradients
 
     def spoilt(parameters, max_norm):
         if rank() == 1:
             parameters[0].data.fill_(float("inf"))
         return step(parameters, max_norm)
 
-    training.clip_gradients = spoilt
+    loop.clip_gradients = spoilt
     return train(folder)
 
 

@@ -8,6 +8,7 @@ from helpers import tiny_config
 from without_gpu import counting
 
 from benchmarks import (
+    bench_drift,
     bench_family,
     bench_lines,
     bench_lora_linear,
@@ -17,9 +18,10 @@ from benchmarks import (
     bench_static,
     bench_true_size,
 )
-from minilora import phi3, planning
+from minilora import phi3
+from minilora.adapters.trainable import count_parameters
 from minilora.kernels import cross_entropy
-from minilora.trainable import count_parameters
+from minilora.training import planning
 
 
 def test_the_checkpoint_of_true_size_is_that_of_phi_3_mini():
@@ -137,15 +139,27 @@ def test_the_static_benchmark_counts_what_elementwise_operations_move(name):
     assert not any(line[f"spilled bytes on sm_{arch}"] for arch in (80, 89, 90))
 
 
+def test_the_drift_benchmark_holds_each_way_to_float32(tiny_checkpoint, tmp_path):
+    rows = bench_drift.drift(tiny_checkpoint, tmp_path, steps=2, every=2)
+    assert [(row["way"], row["step"]) for row in rows] == [(way, 2) for way in bench_drift.WAYS]
+    exact, base, both = rows
+    assert exact["adapter_distance"] == exact["train_loss_distance"] == 0
+    assert 1e-5 < base["train_loss_distance"] < 0.1
+    assert 1e-3 < base["adapter_distance"] < 1
+    assert 1e-3 < both["adapter_distance"] < 1
+    assert all((tmp_path / way.replace(" ", "-") / "report.html").exists() for way in bench_drift.WAYS)
+    assert (tmp_path / "compared.html").exists()
+
+
 PARITY = """
 <testsuites><testsuite>
-  <testcase classname="tests.test_minilora_layers" name="test_linear_computes_as_loralib_does" time="1" />
-  <testcase classname="tests.test_minilora_layers" name="test_linear_computes_as_loralib_does[a]" time="1"><failure /></testcase>
-  <testcase classname="tests.test_minilora_adapter" name="test_transformers_and_peft_read_it[x]" time="1" />
-  <testcase classname="tests.test_minilora_adapter" name="test_we_read_pefts_adapter" time="1" />
-  <testcase classname="tests.test_minilora_adapter" name="test_a_file_is_whole[loralib]" time="1" />
+  <testcase classname="tests.test_adapters_layers" name="test_linear_computes_as_loralib_does" time="1" />
+  <testcase classname="tests.test_adapters_layers" name="test_linear_computes_as_loralib_does[a]" time="1"><failure /></testcase>
+  <testcase classname="tests.test_adapters_adapter_files" name="test_transformers_and_peft_read_it[x]" time="1" />
+  <testcase classname="tests.test_adapters_adapter_files" name="test_we_read_pefts_adapter" time="1" />
+  <testcase classname="tests.test_adapters_adapter_files" name="test_a_file_is_whole[loralib]" time="1" />
   <testcase classname="tests.test_loralib" name="test_biases" time="1" />
-  <testcase classname="tests.test_minilora_data" name="test_lines" time="1" />
+  <testcase classname="tests.test_data_encoding" name="test_lines" time="1" />
 </testsuite></testsuites>
 """
 
@@ -153,19 +167,19 @@ PARITY = """
 def test_parity_is_counted_for_the_room_of_the_file_and_the_library_in_the_name():
     rows = {row.pop("room"): row for row in bench_parity.read_report(PARITY)}
     assert rows == {
-        "layers": {"loralib": {"passed": 1, "failed": 1}, "peft": {}, "transformers": {}},
-        "adapter": {"loralib": {}, "peft": {"passed": 2}, "transformers": {"passed": 1}},
+        "adapters/layers": {"loralib": {"passed": 1, "failed": 1}, "peft": {}, "transformers": {}},
+        "adapters/adapter_files": {"loralib": {}, "peft": {"passed": 2}, "transformers": {"passed": 1}},
         "loralib": {"loralib": {"passed": 1}, "peft": {}, "transformers": {}},
     }
     lines = bench_parity.table(bench_parity.read_report(PARITY)).splitlines()
     assert lines[0] == "| room | loralib | peft | transformers |"
-    assert lines[2:4] == ["| layers | ✗ 1 failed, 1 passed |  |  |", "| adapter |  | ✓ 2 | ✓ 1 |"]
+    assert lines[2:4] == ["| adapters/layers | ✗ 1 failed, 1 passed |  |  |", "| adapters/adapter_files |  | ✓ 2 | ✓ 1 |"]
 
 
 def test_lines_are_counted_of_the_library_alone():
     ours, loralib, peft = bench_lines.count()
-    assert {"layers", "embedding", "convolution", "injection", "adapter"} <= ours["files"].keys()
-    assert not {"cli", "demo", "training"} & ours["files"].keys()
+    assert {"layers", "embedding", "convolution", "injection", "adapter_files"} <= ours["files"].keys()
+    assert not {"cli", "demo", "loop"} & ours["files"].keys()
     assert set(loralib["files"]) == {"__init__.py", "layers.py", "utils.py"}
     assert loralib["lines"] < ours["lines"] < peft["lines"] / 4
     assert bench_lines.table([loralib]).splitlines()[2].startswith("| loralib 0.1.2 | 3 | ")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.bars import BLUE, GREY, LEFT, RIGHT, WIDTH, Bars, bar_chart
-from minilora.charts import ticks
+from minilora.reporting.charts import ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROOM = WIDTH - LEFT - RIGHT

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"minilora": ROOT / "minilora", "minilora.kernels": ROOT / "kernels", "minilora.phi3": ROOT / "phi3"}
-MEETING_ROOMS = {"commands.py", "demo.py", "demo_weights.py"}  # where the LoRA library and phi3 meet
+FOLDERS = ["adapters", "data", "demo", "reporting", "training"]
+PACKAGES = (
+    {"minilora": ROOT / "minilora"}
+    | {f"minilora.{folder}": ROOT / "minilora" / folder for folder in FOLDERS}
+    | {"minilora.kernels": ROOT / "kernels", "minilora.phi3": ROOT / "phi3"}
+)
+MEETING_ROOMS = {"minilora/commands.py", "demo/demo.py", "demo/weights.py"}  # where the LoRA library and phi3 meet
 EXTRAS = {"gguf", "pyarrow", "rouge-score", "wandb"}  # of setup.py's extras
 
 
@@ -32,6 +37,10 @@ def sources(package: str) -> list[Path]:
     return sorted(PACKAGES[package].glob("*.py"))
 
 
+def in_folder(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
+
+
 def ours(names: set[str]) -> set[str]:
     return {name for name in names if name.split(".")[0] == "minilora"}
 
@@ -46,13 +55,19 @@ def test_phi3_imports_kernels_and_never_the_lora_library(file):
     assert all(name.startswith(("minilora.kernels.", "minilora.phi3.")) for name in ours(imports(file)))
 
 
-@pytest.mark.parametrize("file", sources("minilora"), ids=lambda file: file.name)
-def test_the_lora_library_never_imports_phi3(file):
+@pytest.mark.parametrize("file", sources("minilora.adapters"), ids=lambda file: file.name)
+def test_the_lora_library_imports_kernels_and_nothing_of_the_program_around_it(file):
+    rooms = ("minilora.adapters.", "minilora.kernels.", "minilora.files.", "minilora.settings.")
+    assert all(name.startswith(rooms) for name in ours(imports(file)))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "minilora").rglob("*.py")), ids=in_folder)
+def test_only_the_meeting_rooms_import_phi3(file):
     of_phi3 = {name for name in imports(file) if name.startswith("minilora.phi3")}
-    assert not of_phi3 or file.name in MEETING_ROOMS
+    assert not of_phi3 or in_folder(file) in MEETING_ROOMS
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("*/*.py")), ids=lambda file: f"{file.parent.name}/{file.name}")
+@pytest.mark.parametrize("file", [*sorted(ROOT.glob("*/*.py")), *sorted(ROOT.glob("*/*/*.py"))], ids=in_folder)
 def test_no_file_imports_the_folders_by_their_names(file):
     """In the repository root `import kernels` works, and loads every module a second time under another name."""
     assert not {name for name in imports(file) if name.split(".")[0] in ("kernels", "phi3")}
@@ -77,6 +92,13 @@ def test_everything_imported_comes_with_the_declared_dependencies():
                 assert names & (declared | EXTRAS), f"{file} imports {module}, which the declared dependencies do not bring"
 
 
+def test_every_folder_with_sources_is_a_package_that_setup_installs():
+    folders = {file.parent for top in ("minilora", "kernels", "phi3") for file in (ROOT / top).rglob("*.py")}
+    assert folders == set(PACKAGES.values())
+    made = re.search(r"FOLDERS = (\[.*\])", (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert ast.literal_eval(made[1]) == FOLDERS
+
+
 def in_fresh_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -90,13 +112,13 @@ def test_importing_minilora_imports_no_room_of_it_and_not_torch():
 
 def test_every_public_name_is_found():
     code = "import minilora; print(len([getattr(minilora, name) for name in minilora.__all__]), minilora.train.__module__)"
-    assert in_fresh_python(code).split()[1] == "minilora.training"
+    assert in_fresh_python(code).split()[1] == "minilora.training.loop"
 
 
 def test_importing_the_rooms_needs_no_triton_and_touches_no_gpu():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import minilora.kernels.lora_linear, minilora.kernels.cross_entropy, minilora.phi3, minilora.training, torch\n"
+        "import minilora.kernels.lora_linear, minilora.kernels.cross_entropy, minilora.phi3, minilora.training.loop, torch\n"
         "print(torch.cuda.is_initialized())"
     )
     assert in_fresh_python(code).strip() == "False"

@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from minilora.adapters.layers import Linear
 from minilora.kernels import lora_linear_torch, nf4_tensor
 from minilora.kernels.dropout import draw_seed
 from minilora.kernels.lora_linear import backward, forward, lora_linear, lora_linear_reference
 from minilora.kernels.nf4 import compress, dequantize_blocks, expand, quantize_blocks
 from minilora.kernels.nf4_tensor import NF4Tensor, linear
-from minilora.layers import Linear
 
 matrices = st.tuples(st.integers(1, 40), st.integers(1, 70))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import training
 from minilora.cli import build_parser, main
-from minilora.training import accumulate_gradients
+from minilora.training import loop
+from minilora.training.loop import accumulate_gradients
 
 COMMANDS = ("demo", "train", "eval", "report", "data", "generate", "chat", "merge", "export", "info")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -322,7 +322,7 @@ def stops(monkeypatch):
                 signal.raise_signal(number)
             return accumulate_gradients(*args)
 
-        monkeypatch.setattr(training, "accumulate_gradients", accumulate)
+        monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
 
     return at
 

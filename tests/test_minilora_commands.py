@@ -16,7 +16,7 @@ from minilora import phi3
 from minilora.cli import main
 from minilora.commands import PROBE
 from minilora.config import read_run_config
-from minilora.data import shuffled_batches
+from minilora.data.encoding import shuffled_batches
 
 
 @pytest.fixture(scope="module")

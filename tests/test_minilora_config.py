@@ -3,11 +3,10 @@ import math
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from peft.utils.other import get_pattern_key
 
-from minilora.config import COUNTERPARTS, LoraConfig, RunConfig, TrainConfig, read_run_config, scaling
+from minilora.adapters.config import LoraConfig
+from minilora.config import COUNTERPARTS, RunConfig, read_run_config
+from minilora.training.config import TrainConfig
 
 NAN, INF = math.nan, math.inf
 
@@ -60,141 +59,10 @@ def refusal(tmp_path, text) -> str:
     return str(refused.value)
 
 
-# LoraConfig
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"r": 0}, r"\br must be at least 1, not 0"),
-        ({"r": -2}, r"\br must be at least 1, not -2"),
-        ({"rank_pattern": {"o_proj": 0}}, r"rank_pattern.*\b0\b"),
-        ({"lora_alpha": NAN}, "lora_alpha must be .*nan"),
-        ({"lora_alpha": INF}, "lora_alpha must be .*inf"),
-        ({"alpha_pattern": {"o_proj": NAN}}, "alpha_pattern.*nan"),
-        ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\), not 1.0"),
-        ({"lora_dropout": -0.1}, r"lora_dropout must lie in \[0, 1\), not -0.1"),
-        ({"lora_dropout": NAN}, r"lora_dropout must lie in \[0, 1\), not nan"),
-        ({"target_modules": []}, "target_modules must name at least one module"),
-        ({"target_modules": ""}, "target_modules must name at least one module"),
-        ({"target_modules": "("}, "target_modules"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern"),
-        ({"exclude_modules": "("}, "exclude_modules must"),
-        ({"layers_to_transform": [0], "layers_pattern": "(", "target_modules": ["o_proj"]}, "layers_pattern must"),
-        ({"bias": "some"}, "bias must be one of none, all, lora_only, not 'some'"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of True, 'pissa', 'olora', 'loftq', not 'eva'"),
-        ({"init_lora_weights": False}, "init_lora_weights must be one of"),
-        ({"init_lora_weights": 1}, "init_lora_weights must be"),
-        ({"layers_to_transform": [True], "target_modules": ["o_proj"]}, "layers_to_transform must be"),
-    ],
-)
-def test_a_broken_lora_rule_is_refused_with_its_value(fields, message):
-    with pytest.raises(ValueError, match=message):
-        LoraConfig(**fields)
-
-
-def test_all_broken_lora_rules_are_named_at_once():
-    with pytest.raises(ValueError, match="; ") as refused:
-        LoraConfig(r=0, lora_dropout=2, target_modules=[], bias="some")
-    for field in ("r must", "lora_dropout must", "target_modules must", "bias must"):
-        assert field in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"layers_to_transform": [0]}, "layers_to_transform needs a list of target_modules"),
-        ({"layers_pattern": "layers", "target_modules": ["o_proj"]}, "layers_pattern needs layers_to_transform"),
-        ({"lora_bias": True, "use_dora": True}, "lora_bias and use_dora exclude one another"),
-        ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias needs init_lora_weights = True"),
-        ({"use_dora": True, "init_lora_weights": "olora"}, "use_dora needs init_lora_weights = True"),
-        ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "init_lora_weights = 'pissa' needs lora_dropout = 0"),
-    ],
-)
-def test_settings_that_contradict_one_another_are_refused(fields, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        LoraConfig(**fields)
-
-
-def test_the_edges_of_the_lora_rules_are_allowed():
-    LoraConfig(r=1, lora_dropout=0, target_modules=["o_proj"], rank_pattern={"o_proj": 1})
-    LoraConfig(lora_dropout=0.999)
-
-
-KEYS = ["o_proj", "self_attn.o_proj", r"layers\.1\..*", ".*proj", "^o_proj", "proj", "lm_head|o_proj", "layers.0.mlp.down_proj"]
-PATHS = ["o_proj", "lm_head", "layers.0.self_attn.o_proj", "model.layers.11.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
-
-
-@given(keys=st.lists(st.sampled_from(KEYS), unique=True), path=st.sampled_from(PATHS))
-def test_patterns_match_as_in_peft_and_the_first_hit_counts(keys, path):
-    ranks = {key: 10 + i for i, key in enumerate(keys)}
-    alphas = {key: 0.5 + i for i, key in enumerate(keys)}
-    config = LoraConfig(r=3, lora_alpha=7, rank_pattern=ranks, alpha_pattern=alphas)
-    assert config.rank(path) == ranks.get(get_pattern_key(ranks, path), 3)
-    assert config.alpha(path) == alphas.get(get_pattern_key(alphas, path), 7)
-
-
-def test_scaling_is_alpha_by_r_or_by_its_root():
-    assert scaling(16, 32) == 2
-    assert scaling(16, 32, use_rslora=True) == 8
-    assert scaling(2, 1, use_rslora=True) == pytest.approx(0.7071067811865476)
-
-
-# TrainConfig
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "rule"),
-    [
-        ("lr_scheduler_type", "constant", "must be one of cosine, linear, not 'constant'"),
-        ("learning_rate", 0.0, "must be positive, not 0.0"),
-        ("learning_rate", -1e-4, "must be positive, not -0.0001"),
-        ("learning_rate", INF, "must be positive, not inf"),
-        ("learning_rate", NAN, "must be positive, not nan"),
-        ("loraplus_lr_ratio", 0.0, "must be positive, not 0.0"),
-        ("loraplus_lr_ratio", INF, "must be positive, not inf"),
-        ("warmup_ratio", -0.1, "must lie in [0, 1], not -0.1"),
-        ("warmup_ratio", 1.1, "must lie in [0, 1], not 1.1"),
-        ("num_train_epochs", 0, "must be positive, not 0"),
-        ("num_train_epochs", INF, "must be positive, not inf"),
-        ("max_steps", 0, "must be -1 or at least 1, not 0"),
-        ("max_steps", -2, "must be -1 or at least 1, not -2"),
-        ("weight_decay", -0.1, "must be at least 0, not -0.1"),
-        ("max_grad_norm", 0.0, "must be positive, not 0.0"),
-        ("eval_steps", -1, "must be at least 0, not -1"),
-        ("save_steps", -1, "must be at least 0, not -1"),
-        ("per_device_train_batch_size", 0, "must be at least 1, not 0"),
-        ("per_device_eval_batch_size", 0, "must be at least 1, not 0"),
-        ("gradient_accumulation_steps", 0, "must be at least 1, not 0"),
-        ("logging_steps", 0, "must be at least 1, not 0"),
-        ("save_total_limit", 0, "must be at least 1, not 0"),
-        ("save_strategy", "best", "must be one of no, steps, epoch, not 'best'"),
-        ("eval_strategy", "epochs", "must be one of no, steps, epoch, not 'epochs'"),
-    ],
-)
-def test_a_broken_training_rule_is_refused_with_its_value(name, value, rule):
-    with pytest.raises(ValueError, match=re.escape(f"{name} {rule}") + "$"):
-        TrainConfig(**{name: value})
-
-
-def test_all_broken_training_rules_are_named_at_once():
-    broken = {"learning_rate": 0, "warmup_ratio": 2, "max_steps": 0, "save_total_limit": 0, "lr_scheduler_type": "step"}
-    with pytest.raises(ValueError, match="; ") as refused:
-        TrainConfig(**broken)
-    assert sorted(fault.split()[0] for fault in str(refused.value).split("; ")) == sorted(broken)
-
-
-def test_the_edges_of_the_training_rules_are_allowed():
-    TrainConfig(warmup_ratio=1, num_train_epochs=0.01, max_steps=1, weight_decay=0, eval_steps=0, save_steps=0)
-
-
 def test_configs_cannot_be_changed_once_checked():
     for config in (LoraConfig(), TrainConfig(), RunConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, dataclasses.fields(config)[0].name, -1)
-
-
-# read_run_config
 
 
 def test_the_cookbooks_two_dictionaries_are_read_verbatim(tmp_path):
@@ -408,33 +276,6 @@ def test_the_table_of_the_quantisation_reads_bitsandbytesconfig(tmp_path):
 def test_other_quantisations_are_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_run_config(None, overrides)
-
-
-# The metric of the best evaluation
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "greatest"),
-    [
-        ("loss", "eval_loss", False),
-        ("eval_loss", "eval_loss", False),
-        ("perplexity", "eval_perplexity", False),
-        ("exact_match", "eval_exact_match", True),
-        ("eval_rougeL", "eval_rougeL", True),
-    ],
-)
-def test_the_metric_of_the_best_evaluation_says_which_way_is_better(name, key, greatest):
-    settings = {"eval_metrics": ["exact_match", "rougeL"], "metric_for_best_model": name}
-    for said in (None, greatest):
-        config = TrainConfig(**settings, greater_is_better=said)
-        assert (config.best_metric, config.best_is_greatest) == (key, greatest)
-    with pytest.raises(ValueError, match=f"greater_is_better must be {greatest} for {key}"):
-        TrainConfig(**settings, greater_is_better=not greatest)
-
-
-def test_a_best_by_what_is_not_measured_is_refused():
-    with pytest.raises(ValueError, match="metric_for_best_model must be one of eval_loss, eval_perplexity, eval_exact_match "):
-        TrainConfig(eval_metrics=["exact_match"], metric_for_best_model="rougeL")
 
 
 # What the cookbook's scripts and notebooks name, value by value, where it is another key here.

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from minilora import demo_weights, planning
+from minilora.demo import weights as demo_weights
+from minilora.training import planning
 
 NOTEBOOK = json.loads((Path(__file__).parents[1] / "examples" / "finetune_phi3.ipynb").read_text(encoding="utf-8"))
 CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]

@@ -70,7 +70,7 @@ def test_every_key_of_the_cookbooks_scripts_is_in_the_table_of_settings():
 
 
 def test_every_folder_of_the_table_is_there():
-    for folder in re.findall(r"`(\w+)/`", README):
+    for folder in re.findall(r"`([\w/]+)/`", README):
         assert (ROOT / folder).is_dir()
 
 

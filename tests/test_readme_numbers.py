@@ -18,10 +18,12 @@ from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
 from benchmarks.peers.case import SMALL
 from benchmarks.peers.tables import tables
-from minilora import demo, demo_task, phi3, planning
+from minilora import phi3
 from minilora.commands import describe_adapter
-from minilora.fingerprint import ELEMENTS
+from minilora.demo import demo, task
 from minilora.kernels.cross_entropy import CHUNK
+from minilora.training import planning
+from minilora.training.fingerprint import ELEMENTS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "examples/README.md")}
@@ -120,15 +122,15 @@ def test_what_was_never_measured_is_still_written():
 def test_the_transcript_of_the_demo_is_that_of_the_committed_result():
     """All but its speed and its last training loss."""
     (transcript,) = re.findall(r"```\n(\$ minilora demo.*?)```", TEXTS["README.md"], flags=re.DOTALL)
-    (row,), task = COMMITTED["demo"], demo_task.make_task()
+    (row,), made = COMMITTED["demo"], task.make_task()
     with torch.device("meta"):
         model = phi3.Phi3ForCausalLM(SMALL)
         assert f"{sum(p.numel() for p in model.parameters()):,} parameters in float32" in transcript
         lora.inject(model, demo.LORA)
     lora.mark_only_lora_as_trainable(model)
     assert describe_adapter(model, demo.LORA) in " ".join(transcript.split())
-    assert f"{len(task.train)} commands" in transcript
-    assert f"{len(task.unseen)} unseen sentences and {len(task.new_phrasings)} new phrasings to test with" in transcript
+    assert f"{len(made.train)} commands" in transcript
+    assert f"{len(made.unseen)} unseen sentences and {len(made.new_phrasings)} new phrasings to test with" in transcript
     for when in ("before", "after"):
         shares = row[f"exact_{when}"], row[f"exact_{when}_new_phrasings"]
         exact = "exact answers: {:.0%} of unseen sentences, {:.0%} of new phrasings".format(*shares)

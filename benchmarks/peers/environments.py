@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.protocol import ROOT
-from minilora import demo_weights
+from minilora.demo import weights as demo_weights
 
 SOURCES = ("minilora", "kernels", "phi3", "setup.py", "README.md")  # what pip needs to install ours
 

@@ -4,10 +4,10 @@ from side import TARGETS, Adapter, Settings
 from torch import Tensor, nn
 
 from minilora import phi3
-from minilora.config import LoraConfig
-from minilora.injection import inject
-from minilora.layers import adapted_layers
-from minilora.trainable import mark_only_lora_as_trainable
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.injection import inject
+from minilora.adapters.layers import adapted_layers
+from minilora.adapters.trainable import mark_only_lora_as_trainable
 
 
 def build(folder: str, config: dict, settings: Settings) -> nn.Module:

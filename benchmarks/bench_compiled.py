@@ -1,0 +1,62 @@
+"""One training step as it is and through torch.compile, whole and without a graph break, on this machine's CPU.
+
+Both take turns in one process, on the same weights, adapters and tokens: forward, loss and every gradient.
+"""
+
+import json
+import statistics
+import time
+
+import torch
+from torch import nn
+
+import minilora as lora
+from benchmarks import protocol
+from benchmarks.peers.case import ALPHA, BATCH, MODELS, SEED, Case, write_checkpoint
+from benchmarks.peers.side import TARGETS
+from minilora import phi3
+
+CASES = (Case("small"), Case("slice"), Case("slice", dropout=0.05))
+ROUNDS = 5
+
+
+def main() -> None:
+    """All cases, about five minutes on two CPU cores."""
+    protocol.write("compiled", [measure(case) for case in CASES])
+
+
+def measure(case: Case, rounds: int = ROUNDS, backend: str = "inductor") -> dict:
+    """Seconds of a step each way, their ratio within the rounds, and how far loss and gradients are apart."""
+    torch.manual_seed(SEED)
+    model = phi3.load(write_checkpoint(case.model)).train()
+    lora.inject(model, lora.LoraConfig(case.r, ALPHA, case.dropout, target_modules=list(TARGETS)))
+    lora.mark_only_lora_as_trainable(model)
+    ids = torch.randint(3, MODELS[case.model].vocab_size, (BATCH, case.tokens))
+    ways = {"eager": model, "compiled": torch.compile(model, fullgraph=True, backend=backend)}
+    first = {name: step(way, model, ids) for name, way in ways.items()}
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name].append(step(way, model, ids)[0])
+    row = {"model": case.model, "tokens": case.tokens, "dropout": case.dropout, "seconds_first": first["compiled"][0]}
+    row |= {f"seconds_{name}": statistics.median(found) for name, found in seconds.items()}
+    ratios = [compiled / eager for compiled, eager in zip(seconds["compiled"], seconds["eager"], strict=True)]
+    row |= {"compiled_over_eager": statistics.median(ratios), "error": distance(*(found[1] for found in first.values()))}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def step(way: nn.Module, model: nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Seconds, and the loss and all gradients in one vector; the same dropout each time."""
+    torch.manual_seed(SEED)
+    started = time.perf_counter()
+    loss = way(ids, labels=ids)
+    loss.backward()
+    seconds = time.perf_counter() - started
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad(set_to_none=True)
+    return seconds, torch.cat([loss.detach()[None], *gradients])
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -1,0 +1,1 @@
+"""What a run shows of itself: trackers, charts, and the page report.html."""

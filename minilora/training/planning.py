@@ -1,0 +1,262 @@
+"""What a run will need, before any weight is loaded: the memory at the peak of a step, and the time of all steps.
+
+Letters as in phi3.model; N = B·T tokens of a batch, n of them with a loss, d bytes an element, L layers, P weights of their
+projections. In bytes, for a model whose base is frozen:
+
+    fixed      d · weights (about half a byte where 4-bit) + adapter · (1 itself + 1 gradient + 2 moments of AdamW)
+    kept       N · d · L · (2C + (H + 2Hkv)·D + H·D + 2I + what the adapted projections read)      until backward
+               N · d · (L·C + that of one layer)                                                  with checkpointing
+    transient  the larger of a chunk of logits with its softmax and gradients, and the backward of one MLP
+    peak       fixed + kept + holes in the heap of a CPU + transient
+
+    FLOPs      N · (4·P + 6·adapter + 7·L·T·H·D) in the layers, and 4·n·V·C in the head
+
+of which checkpointing repeats the forward's 2·P + 2·adapter + 2·L·T·H·D. The rates are found by running one layer of random
+weights, and one chunk of the head, on the device itself. Source of the counting: Kaplan et al. 2020, "Scaling Laws for Neural
+Language Models", table 1; a frozen weight has no gradient, so that its backward costs what its forward does.
+"""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.layers import Linear, adapted_layers
+from minilora.data.encoding import Example, shuffled_batches
+from minilora.data.packing import pack
+from minilora.kernels.cross_entropy import CHUNK, head_cross_entropy
+from minilora.kernels.nf4 import BLOCK
+from minilora.kernels.nf4_tensor import NF4Tensor
+from minilora.training.config import TrainConfig
+from minilora.training.loop import total_steps
+
+# glibc's heap keeps holes between tensors, about a fifth of what all layers would keep, with checkpointing too: measured on the
+# demo's model at 4 × 256 tokens, 200 MB beside 1,038, and with checkpointing 190 beside 105. With this variable at 65536 in the
+# environment, each tensor has pages of its own, and there are none.
+HOLES = 0.2
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+CALIBRATED = 512  # tokens that the layer is timed with; past some hundred a product takes its time by the token
+SECONDS = 1.0  # spent on each of the two rates at least, after a first run that counts for nothing
+
+
+class Batch(NamedTuple):
+    """The sizes of one batch."""
+
+    rows: int  # B
+    length: int  # T, that of the longest row
+    targets: int  # n
+
+    @property
+    def tokens(self) -> int:
+        """N, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step, over what Python and its packages take."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    moments: int
+    activations: int
+    holes: int
+    transient: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.moments + self.activations + self.holes + self.transient
+
+
+class Rates(NamedTuple):
+    """FLOPs a second."""
+
+    layers: float
+    head: float
+
+
+def batches_of(dataset: Sequence[Example], config: TrainConfig) -> list[Batch]:
+    """All batches of a run, in its order."""
+    rows = pack(dataset, config.max_seq_length) if config.packing else dataset
+    count = total_steps(len(rows), config) * config.gradient_accumulation_steps
+    drawn = islice(shuffled_batches(rows, config.per_device_train_batch_size, config.seed), count)
+    return [Batch(len(batch), max(len(row.ids) for row in batch), sum(sum(row.mask[1:]) for row in batch)) for batch in drawn]
+
+
+def memory(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu", quantize: str | None = None) -> Memory:
+    """The equations above.
+
+    Args:
+        model: a Phi3ForCausalLM with its adapter, in the dtypes of the run; best on the meta device, where it has no memory.
+        quantize: "nf4" where the projections of the layers will be 4-bit.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    adapter = sum(parameter.nbytes for parameter in trained)
+    heap = torch.device(device).type == "cpu" and THRESHOLD not in os.environ
+    return Memory(
+        weights=sum(_stored(weight, quantize and name.endswith("_proj.weight")) for name, weight in frozen.items()),
+        adapter=adapter,
+        gradients=adapter,
+        moments=2 * adapter,
+        activations=kept(model, batch, config),
+        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False))) if heap else 0,
+        transient=transient(model, batch),
+    )
+
+
+def _stored(weight: Tensor, four_bit: bool | None) -> int:
+    """Bytes of a weight; of a 4-bit one those of NF4Tensor's parts."""
+    blocks = math.ceil(weight.numel() / BLOCK)
+    return math.ceil(weight.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 if four_bit else weight.nbytes
+
+
+def kept(model: nn.Module, batch: Batch, config: TrainConfig) -> int:
+    """Bytes that the layers keep for backward."""
+    sizes, d = model.config, model.lm_head.weight.element_size()
+    C, H, L, N = sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers, batch.tokens
+    packed = sum(sizes.qkv_sizes.values()), sum(sizes.gate_up_sizes.values())  # (H + 2Hkv)·D, 2I
+    elements = L * (2 * C + packed[0] + H * sizes.head_dim + packed[1])
+    statistics = L * 4 * (H + 2)  # in float32: the logarithms of attention's sums, and ρ of both norms
+    for path, layer in adapted_layers(model).items():
+        if isinstance(layer, Linear) and layer is not model.lm_head:
+            read = 0 if path.endswith("o_proj") else layer.in_features  # what o_proj reads is attention's output, kept already
+            elements += read + layer.lora_A.shape[0]
+    mask = L * batch.length * d if config.packing else 0  # attention makes numbers of it, T for each token
+    total = elements * d + statistics + mask  # of one token
+    return N * (C * d * L + total // L if config.gradient_checkpointing else total)
+
+
+def transient(model: nn.Module, batch: Batch) -> int:
+    """Bytes that come and go at the peak, with all activations there: at the head, or in the backward of the last MLP."""
+    sizes, d = model.config, model.lm_head.weight.element_size()
+    rows = min(CHUNK, batch.targets)
+    # In float32 the softmax, its gradient and that of the loss, or logits in their place; and those in the model's own dtype.
+    logits = rows * sizes.vocab_size * (12 if d == 4 else 16) + 2 * batch.targets * sizes.hidden_size * d
+    wide = 0 if d == 4 else 2 * (4 + d)  # of each half of gate_up: a copy in float32, and the gradient rounded back
+    return max(logits, batch.tokens * sizes.intermediate_size * (d + 2 * 4 + wide))
+
+
+# Time
+
+
+def layer_flops(model: nn.Module, batch: Batch, checkpointing: bool = False) -> float:
+    """Of forward and backward through all layers."""
+    sizes = model.config
+    layers = [(parameter.numel(), parameter.requires_grad) for parameter in model.model.layers.parameters()]
+    frozen, trained = (sum(count for count, is_trained in layers if is_trained == wanted) for wanted in (False, True))
+    attention = sizes.num_hidden_layers * batch.length * sizes.num_attention_heads * sizes.head_dim
+    forward = 2 * frozen + 2 * trained + 2 * attention
+    return batch.tokens * (4 * frozen + 6 * trained + 7 * attention + (forward if checkpointing else 0))
+
+
+def head_flops(model: nn.Module, targets: int) -> float:
+    """Of forward and backward through a frozen head."""
+    return 4.0 * targets * model.lm_head.weight.numel()
+
+
+def calibrate(model: nn.Module, length: int, device: str = "cpu", quantize: str | None = None) -> Rates:
+    """The rates of one layer and of one chunk of the head, with random weights, in a few seconds.
+
+    Args:
+        model, quantize: as in memory.
+        length: T of the run's batches, which decides how much of the work is attention's.
+    """
+    return Rates(_layer_rate(model, min(length, CALIBRATED), device, quantize), _head_rate(model, device))
+
+
+def _layer_rate(model: nn.Module, T: int, device: str, quantize: str | None) -> float:
+    sizes, dtype = model.config, model.lm_head.weight.dtype
+    layer = _made_real(model.model.layers[0], device, quantize).train()
+    tables = [torch.ones(1, 1, T, sizes.rotary_dim // 2, dtype=dtype, device=device) for _ in "cs"]
+    x = torch.randn(1, T, sizes.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    taken = _time(lambda: sum(layer(x, x, tables, None, None)).sum().backward(), device)
+    return layer_flops(model, Batch(1, T, 0)) / sizes.num_hidden_layers / taken
+
+
+def _head_rate(model: nn.Module, device: str) -> float:
+    head = _made_real(model.lm_head, device, None).requires_grad_(False)
+    x = torch.randn(CHUNK, model.config.hidden_size, dtype=head.weight.dtype, device=device, requires_grad=True)
+    labels = torch.zeros(CHUNK, dtype=torch.long, device=device)
+    return head_flops(model, CHUNK) / _time(lambda: head_cross_entropy(head, x, labels).backward(), device)
+
+
+def _made_real(module: nn.Module, device: str, quantize: str | None) -> nn.Module:
+    """A copy of a module with random weights, 4-bit ones where they are asked for."""
+    module = copy.deepcopy(module).to_empty(device=device)
+    for name, parameter in list(module.named_parameters()):
+        nn.init.normal_(parameter, std=0.02)
+        if quantize and name.endswith("_proj.weight"):
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, nn.Parameter(NF4Tensor.quantize(parameter), requires_grad=False))
+    return module
+
+
+def _time(run: Callable[[], None], device: str) -> float:
+    """Seconds of the quickest of several runs."""
+    taken, begun = [], time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - begun < SECONDS:
+        started = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+def seconds(model: nn.Module, batches: Sequence[Batch], config: TrainConfig, rates: Rates) -> float:
+    """Of all steps; evaluations, checkpoints and loading come on top."""
+    layers = sum(layer_flops(model, batch, config.gradient_checkpointing) for batch in batches)
+    return layers / rates.layers + head_flops(model, sum(batch.targets for batch in batches)) / rates.head
+
+
+# As text
+
+
+def describe_plan(
+    model: nn.Module, batches: Sequence[Batch], config: TrainConfig, device: str = "cpu", quantize: str | None = None
+) -> str:
+    """Memory and time of a run, as lines to read; checkpointing told both ways. Arguments as in memory and seconds."""
+    largest = max(batches, key=lambda batch: memory(model, batch, config, device, quantize).peak)
+    found = memory(model, largest, config, device, quantize)
+    otherwise = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
+    rates = calibrate(model, largest.length, device, quantize)
+    steps, needed = len(batches) // config.gradient_accumulation_steps, seconds(model, batches, config, rates)
+    lines = {
+        "weights": (found.weights, f"{_dtype(model)}{', 4-bit in the layers' if quantize else ''}"),
+        "adapter": (found.adapter, "its gradients, and AdamW's moments, follow"),
+        "gradients": (found.gradients, ""),
+        "moments": (found.moments, ""),
+        "activations": (found.activations, f"of the largest batch, {largest.rows} × {largest.length} tokens"),
+        "holes": (found.holes, f"between them in glibc's heap; {THRESHOLD}=65536 in the environment closes them"),
+        "transient": (found.transient, "the head's chunk of logits, or the backward of one MLP"),
+        "peak": (found.peak, "beside what Python and its packages take"),
+    }
+    other = memory(model, largest, otherwise, device, quantize).peak, seconds(model, batches, otherwise, rates)
+    return "\n".join(
+        [
+            f"plan for {device}, in MB:",
+            *(f"  {name:12}{size / 1e6:12,.1f}  {remark}".rstrip() for name, (size, remark) in lines.items()),
+            f"time: {steps:,} steps of {sum(batch.tokens for batch in batches) / steps:,.0f} tokens take {_clock(needed)}, at "
+            f"{rates.layers / 1e9:,.0f} GFLOP/s in the layers and {rates.head / 1e9:,.0f} in the head",
+            f"with gradient_checkpointing = {str(otherwise.gradient_checkpointing).lower()}: "
+            f"{other[0] / 1e6:,.1f} MB and {_clock(other[1])}",
+        ]
+    )
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(model.lm_head.weight.dtype).removeprefix("torch.")
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
