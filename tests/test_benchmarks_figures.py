@@ -82,3 +82,15 @@ def test_peers_are_drawn_in_each_case_and_who_failed_is_told(rows):
     case = "small, 2 × 256, r 16, dropout 0.05, 2 threads"
     assert figures.peers_time(rows).groups == {case: {"minilora": 1.25, "litgpt": None}}
     assert figures.peers_memory(rows).groups == {case: {"minilora": 0.5, "litgpt": None}}
+
+
+def test_whole_steps_of_one_length_are_drawn_by_gpu():
+    row = {"gpu": "A100", "part": "step", "way": "ours", "base": "nf4", "tokens": figures.TOKENS, "ms": 180.0}
+    theirs = row | {"way": "transformers + PEFT", "base": "bfloat16", "ms": 240.0}
+    others = [row | {"part": "layer"}, row | {"tokens": 512}]
+    bars = figures.predicted_step([row, theirs, *others, row | {"gpu": "H100", "ms": 90.0}])
+    assert bars.groups == {
+        "A100": {"minilora, 4-bit base": 180, "transformers + PEFT": 240},
+        "H100": {"minilora, 4-bit base": 90},
+    }
+    assert "predicted, not measured" in bars.title
