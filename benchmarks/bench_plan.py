@@ -61,8 +61,13 @@ def main() -> None:
         rows.append({"lever": lever} | json.loads(output.splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
     protocol.write("plan", rows)
+    protocol.write_table("plan", table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown."""
     header = ["lever", "MB planned", "MB measured", "off by", "seconds a step, planned", "measured", "off by"]
-    protocol.write_table("plan", protocol.markdown(header, [cells(row) for row in rows]))
+    return protocol.markdown(header, [cells(row) for row in rows])
 
 
 def cells(row: dict) -> list[str]:

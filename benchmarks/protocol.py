@@ -38,6 +38,11 @@ def write(name: str, rows: list[dict]) -> None:
     print(f"wrote {path}")
 
 
+def read(name: str) -> list[dict]:
+    """The rows of a committed result."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
 def memory(field: str) -> int:
     """Bytes of this process, pages of mapped files included: "VmRSS" now, "VmHWM" the most at once so far."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))

@@ -1,0 +1,197 @@
+"""Every number in the prose is a committed result's, or one that was never measured.
+
+A passage (a paragraph, with the table or picture after it) names its results, by a link into benchmarks/results or by
+`python -m benchmarks NAME`; its numbers must stand there, rounded as they are written. All others are in NOT_MEASURED.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from killed_runs import ACCESSES, MOMENTS
+
+import minilora as lora
+from benchmarks import bench_family, bench_lines, bench_parity, bench_plan, protocol
+from benchmarks.bench_qlora import TARGETS
+from benchmarks.bench_true_size import PHI_3_MINI
+from benchmarks.peers.case import SMALL
+from benchmarks.peers.tables import tables
+from minilora import phi3
+from minilora.commands import describe_adapter
+from minilora.demo import demo, task
+from minilora.kernels.cross_entropy import CHUNK
+from minilora.training import planning
+from minilora.training.fingerprint import ELEMENTS
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "examples/README.md")}
+README = " ".join(TEXTS["README.md"].split())
+COMMITTED = {file.stem: protocol.read(file.stem) for file in sorted(protocol.RESULTS.glob("*.json"))}
+NUMBER = re.compile(r"(?<![\w.,/])(?<![A-Za-z]-)(\d+(?:,\d{3})*(?:\.\d+)?)(?!\d|[.,]\d|-[A-Za-z])(?:\s?(GB|MB|%|seconds))?")
+UNITS = {"GB": ("bytes", 1e-9), "MB": ("bytes", 1e-6), "%": ("", 100), "seconds": ("seconds", 1), "": ("", 1)}  # in a key; scale
+
+
+def levers() -> list[str]:
+    """The table of what lowers the memory of QLoRA, planned for Phi-3-mini."""
+    with torch.device("meta"):
+        model = phi3.Phi3ForCausalLM(PHI_3_MINI).to(torch.bfloat16)
+        lora.inject(model, lora.LoraConfig(r=16, target_modules=TARGETS), torch.float32)
+    lora.mark_only_lora_as_trainable(model)
+    N = 2048
+    plain, checkpointed = (
+        planning.memory(model, planning.Batch(1, N, N), lora.TrainConfig(gradient_checkpointing=wanted), "cuda", "nf4")
+        for wanted in (False, True)
+    )
+    weights = planning.memory(model, planning.Batch(1, N, N), lora.TrainConfig(), "cuda").weights
+    logits = 2 * 4 * PHI_3_MINI.vocab_size
+    rows = {
+        "4-bit base | weights": (weights, plain.weights),
+        "activation checkpointing | activations": (plain.activations, checkpointed.activations),
+        "head and loss in chunks, always | logits and their gradient": (N * logits, CHUNK * logits),
+        "8-bit AdamW, not offered | moments of the adapter": (plain.moments, plain.moments / 4),
+    }
+    return [f"| {start} | {before / 1e9:.2f} GB | {after / 1e9:.2f} GB |" for start, (before, after) in rows.items()]
+
+
+NOT_MEASURED = {  # why, and the words around the number as they are written
+    "computed here": ["planned for bfloat16, r 16 and one row of 2,048 tokens", *levers()],
+    "what the code says": [
+        f"at {MOMENTS + ACCESSES} moments",
+        f"about {ELEMENTS:,} elements",
+        f"({lora.TrainConfig().eval_samples}; 0 for none)",
+        "are 0, never on the way, unless set",
+    ],
+    "an example": [
+        "a checkpoint every 100 steps",
+        "eight processes with 1 each end as one with 8",
+        "A weight of 0.3 takes three tenths",
+        "the same in every epoch; 2 takes each twice",
+    ],
+    "a name": ["SmolLM2-135M-Instruct", "their 128k contexts", "Rank 0 alone", "4 bits make it smaller", "restores the 4 bits"],
+    "of other libraries": ["torchrun leaves them 30 seconds", "since transformers 4.41", "but for kernels of 1", "with r = 0"],
+}
+
+
+def passages(text: str) -> list[str]:
+    """The text without its code blocks, each passage in one line."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(passage.split()) for passage in re.split(r"\n\n+(?![|!])", prose)]
+
+
+def numbers(node: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a result, with their keys."""
+    match node:
+        case dict():
+            for name, child in node.items():
+                yield from numbers(child, name)
+        case list():
+            for child in node:
+                yield from numbers(child, key)
+        case int() | float():
+            yield key, node
+
+
+def unheld(passage: str) -> list[str]:
+    """The numbers of a passage that stand neither in a result that it names nor in NOT_MEASURED."""
+    named = {link or command for link, command in re.findall(r"benchmarks/results/(\w+)|python -m benchmarks (\w+)", passage)}
+    known = [pair for name in named & COMMITTED.keys() for pair in numbers(COMMITTED[name])]
+    for phrase in (phrase for phrases in NOT_MEASURED.values() for phrase in phrases):
+        passage = passage.replace(phrase, "")
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", passage)
+
+    def stands(written: str, unit: str) -> bool:
+        (kind, scale), decimals = UNITS[unit], len(written.partition(".")[2])
+        return any(f"{value * scale:,.{decimals}f}" == written for key, value in known if kind in key)
+
+    return [f"{written} {unit}".strip() for written, unit in NUMBER.findall(prose) if not stands(written, unit)]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_number_stands_in_a_committed_result_or_was_never_measured(name):
+    found = {passage: unheld(passage) for passage in passages(TEXTS[name])}
+    assert not {passage: missing for passage, missing in found.items() if missing}
+
+
+def test_what_was_never_measured_is_still_written():
+    prose = " ".join(passage for text in TEXTS.values() for passage in passages(text))
+    assert not [phrase for phrases in NOT_MEASURED.values() for phrase in phrases if phrase not in prose]
+
+
+def test_the_transcript_of_the_demo_is_that_of_the_committed_result():
+    """All but its speed and its last training loss."""
+    (transcript,) = re.findall(r"```\n(\$ minilora demo.*?)```", TEXTS["README.md"], flags=re.DOTALL)
+    (row,), made = COMMITTED["demo"], task.make_task()
+    with torch.device("meta"):
+        model = phi3.Phi3ForCausalLM(SMALL)
+        assert f"{sum(p.numel() for p in model.parameters()):,} parameters in float32" in transcript
+        lora.inject(model, demo.LORA)
+    lora.mark_only_lora_as_trainable(model)
+    assert describe_adapter(model, demo.LORA) in " ".join(transcript.split())
+    assert f"{len(made.train)} commands" in transcript
+    assert f"{len(made.unseen)} unseen sentences and {len(made.new_phrasings)} new phrasings to test with" in transcript
+    for when in ("before", "after"):
+        shares = row[f"exact_{when}"], row[f"exact_{when}_new_phrasings"]
+        exact = "exact answers: {:.0%} of unseen sentences, {:.0%} of new phrasings".format(*shares)
+        assert f"loss on unseen sentences {row[f'eval_loss_{when}']:.3f}; {exact}" in transcript
+    assert "[{:02}:{:02}<00:00".format(*divmod(int(row["seconds_train"]), 60)) in transcript
+
+
+def test_the_figures_of_the_demo_are_those_of_the_committed_result():
+    (row,) = COMMITTED["demo"]
+    assert f"That run took {row['seconds_process']:.0f} seconds on two CPU cores" in README
+    assert f"and {row['peak_memory_bytes'] / 1e9:.1f} GB of memory" in README
+    assert f"On unseen sentences {row['exact_before']:.0%} of the answers were exact before" in README
+    assert (
+        f"and {row['exact_after']:.0%} after; on phrasings that it was never trained on, {row['exact_after_new_phrasings']:.0%}."
+        in README
+    )
+
+
+def test_the_figures_of_the_true_size_are_those_of_the_committed_result():
+    write, load, _, train = COMMITTED["true_size"]
+    assert (
+        f"{write['parameters']:,} parameters in bfloat16, loads with a peak of {load['peak_memory_bytes'] / 1e9:.1f} GB" in README
+    )
+    assert f"a LoRA step of {train['tokens']} tokens on a CPU takes {train['peak_memory_bytes'] / 1e9:.1f} GB" in README
+    assert load["peak_over_weights"] < 1.1
+
+
+def test_the_figures_of_the_4_bit_base_are_those_of_the_committed_result():
+    write, *memory = COMMITTED["qlora_true_size"]
+    load, step, their_load, their_step = (f"{row['peak_memory_bytes'] / 1e9:.1f} GB" for row in memory)
+    assert [row["measure"] for row in memory] == ["load", "train"] * 2
+    assert f"checkpoint of {write['weight_bytes'] / 1e9:.1f} GB loads so with a peak of {load}, and a LoRA step" in README
+    assert f"of {memory[1]['tokens']} tokens on a CPU takes {step}; with" in README
+    assert f"it is {their_load} and {their_step}" in README
+    assert memory[0]["peak_memory_bytes"] < 3.2e9
+
+
+def test_the_bytes_of_a_layer_are_those_of_the_committed_result():
+    (row,) = COMMITTED["static"]
+    ours, theirs = ([line[f"{way} bytes / least"] for line in row["roofline"]] for way in ("ours", "eager_peft"))
+    assert f"one training step of a layer moves ({row['tokens']:,} tokens, r {row['r']}, bfloat16)" in README
+    assert f"{min(ours):.2f} to {max(ours):.2f} times the least that could be moved" in README
+    assert f"by eager PEFT {min(theirs):.2f} to {max(theirs):.2f} times" in README
+
+
+TABLES = {
+    "family": bench_family.table,
+    "lines": bench_lines.table,
+    "parity": bench_parity.table,
+    "peers": tables,
+    "plan": bench_plan.table,
+}
+
+
+@pytest.mark.parametrize("file", sorted(protocol.RESULTS.glob("*.md")), ids=lambda file: file.name)
+def test_every_committed_table_is_that_of_its_result(file):
+    assert file.read_text(encoding="utf-8") == TABLES[file.stem](COMMITTED[file.stem])
+
+
+def test_every_cell_of_the_table_of_the_family_is_green():
+    lines = (ROOT / "benchmarks" / "results" / "family.md").read_text().splitlines()
+    cells = [cell.strip() for line in lines if line.startswith("| phi-") for cell in line.strip("|").split("|")[1:]]
+    assert len(cells) == 8 * 6
+    assert all(cell.startswith("✓") for cell in cells)
