@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
-Schedule = Literal["cosine", "linear"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 Compute = Literal["bfloat16", "float32"]
 Bias = Literal["none", "all", "lora_only"]
 NonFinite = Literal["stop", "skip"]
@@ -230,7 +230,7 @@ class TrainConfig:
 
     learning_rate: float = 1e-4  # at its peak
     loraplus_lr_ratio: float = 1.0  # times as much for lora_B, "LoRA+" (Hayou et al. 2024): about 16 there; 1 trains all alike
-    lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up
+    lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up, or stays; "constant" is without warm-up
     warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
     num_train_epochs: float = 1.0  # passes over the data
     max_steps: int = -1  # takes so many steps, whatever the epochs; -1 leaves it to the epochs

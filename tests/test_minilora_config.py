@@ -146,7 +146,7 @@ def test_scaling_is_alpha_by_r_or_by_its_root():
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("lr_scheduler_type", "constant", "must be one of cosine, linear, not 'constant'"),
+        ("lr_scheduler_type", "step", "must be one of cosine, linear, constant, constant_with_warmup, not 'step'"),
         ("learning_rate", 0.0, "must be positive, not 0.0"),
         ("learning_rate", -1e-4, "must be positive, not -0.0001"),
         ("learning_rate", INF, "must be positive, not inf"),
@@ -370,7 +370,8 @@ def test_a_value_with_a_semicolon_is_one_fault(tmp_path):
     (tmp_path / "run.toml").write_text('[training]\nlr_scheduler_type = "a; b"\n')
     with pytest.raises(ValueError, match=r"run\.toml") as raised:
         read_run_config(tmp_path / "run.toml")
-    assert str(raised.value).splitlines()[1:] == ["  training.lr_scheduler_type must be one of cosine, linear, not 'a; b'"]
+    rule = "must be one of cosine, linear, constant, constant_with_warmup, not 'a; b'"
+    assert str(raised.value).splitlines()[1:] == [f"  training.lr_scheduler_type {rule}"]
 
 
 def test_the_table_of_the_quantisation_reads_bitsandbytesconfig(tmp_path):
