@@ -131,7 +131,9 @@ def run(folder: Path, size: int, scenario, **settings) -> list[dict]:
             told = folder.parent / f"{folder.name}.{number}.json"
             try:
                 with joined():
-                    told.write_text(json.dumps({"returned": scenario(folder, **settings)}))
+                    returned = scenario(folder, **settings)
+                threads = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+                told.write_text(json.dumps({"returned": returned, "threads": threads}))
             except BaseException as error:
                 told.write_text(json.dumps({"raised": [type(error).__name__, str(error), traceback.format_exc()]}))
                 os._exit(1)
