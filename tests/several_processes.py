@@ -9,14 +9,17 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
-from minilora import training
+from minilora import distributed, training
 from minilora.distributed import broadcast, in_turn, joined, of_this_rank, rank, sum_gradients, summed, world_size
 from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.recorder import Recorder
@@ -81,25 +84,38 @@ def only_rank_0_writes(folder: Path):
 
 def dies(folder: Path):
     """Rank 1 is killed in the fourth step, after the checkpoint of the second."""
-    kill_in_step(4, signal.SIGKILL)
+    in_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return train(folder)
+
+
+def hangs(folder: Path):
+    """Rank 1 does nothing in the fourth step until rank 0 has ended."""
+    told = folder.parent / f"{folder.name}.0.json"
+
+    def wait() -> None:
+        while not told.exists():
+            time.sleep(0.1)
+
+    in_step(4, wait)
     return train(folder)
 
 
 def is_asked_to_end(folder: Path):
     """Rank 1 alone gets SIGTERM, in the third step."""
-    kill_in_step(3, signal.SIGTERM)
+    in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     return train(folder)
 
 
-def kill_in_step(step: int, number: signal.Signals) -> None:
-    evaluated = Recorder.step
+def in_step(step: int, act: Callable[[], None]) -> None:
+    """Rank 1 does that before it notes the step."""
+    noted = Recorder.step
 
-    def killed(self, line, *arguments, **named):
+    def acts(self, line, *arguments, **named):
         if line["step"] == step and rank() == 1:
-            os.kill(os.getpid(), number)
-        return evaluated(self, line, *arguments, **named)
+            act()
+        return noted(self, line, *arguments, **named)
 
-    Recorder.step = killed
+    Recorder.step = acts
 
 
 def is_infinite(folder: Path):
@@ -171,6 +187,8 @@ def main(place: Path) -> None:
     ):
         shutil.copytree(place / source / "checkpoint-2", place / name / "checkpoint-2")
         told[name] = run(place / name, size, train, resume=True, **settings)
+    distributed.TIMEOUT = timedelta(seconds=5)
+    told["hangs"] = run(place / "hangs", 2, hangs)
     (place / "told.json").write_text(json.dumps(told))
 
 

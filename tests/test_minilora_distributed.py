@@ -155,6 +155,15 @@ def test_when_one_process_dies_the_others_stop_with_a_message_and_the_checkpoint
     assert_same_run(place / "dies", place / "one")
 
 
+def test_when_one_process_does_not_answer_the_others_stop_with_a_message_when_the_time_is_over(runs):
+    for process in runs[1]["hangs"]:
+        kind, message, _ = process["raised"]
+        assert kind == "ConnectionError"
+        assert message.startswith("another process has ended or does not answer, and so this one stops too (")
+    assert "Timed out waiting 5000ms" in runs[1]["hangs"][0]["raised"][1]
+    assert find_checkpoints(runs[0] / "hangs") == [runs[0] / "hangs" / "checkpoint-2"]
+
+
 def test_a_signal_to_any_process_ends_all_after_the_same_step_with_a_whole_checkpoint(runs):
     place, told = runs
     for process in told["ends"]:
