@@ -9,7 +9,10 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
 from minilora.kernels.nf4_tensor import NF4Tensor
-from minilora.training import loop
+from minilora.training import distributed, loop
 from minilora.training.distributed import broadcast, in_turn, joined, of_this_rank, rank, sum_gradients, summed, world_size
 from minilora.training.recorder import Recorder
 
@@ -81,25 +84,38 @@ def only_rank_0_writes(folder: Path):
 
 def dies(folder: Path):
     """Rank 1 is killed in the fourth step, after the checkpoint of the second."""
-    kill_in_step(4, signal.SIGKILL)
+    in_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return train(folder)
+
+
+def hangs(folder: Path):
+    """Rank 1 does nothing in the fourth step until rank 0 has ended."""
+    told = folder.parent / f"{folder.name}.0.json"
+
+    def wait() -> None:
+        while not told.exists():
+            time.sleep(0.1)
+
+    in_step(4, wait)
     return train(folder)
 
 
 def is_asked_to_end(folder: Path):
     """Rank 1 alone gets SIGTERM, in the third step."""
-    kill_in_step(3, signal.SIGTERM)
+    in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     return train(folder)
 
 
-def kill_in_step(step: int, number: signal.Signals) -> None:
-    evaluated = Recorder.step
+def in_step(step: int, act: Callable[[], None]) -> None:
+    """Rank 1 does that before it notes the step."""
+    noted = Recorder.step
 
-    def killed(self, line, *arguments, **named):
+    def acts(self, line, *arguments, **named):
         if line["step"] == step and rank() == 1:
-            os.kill(os.getpid(), number)
-        return evaluated(self, line, *arguments, **named)
+            act()
+        return noted(self, line, *arguments, **named)
 
-    Recorder.step = killed
+    Recorder.step = acts
 
 
 def is_infinite(folder: Path):
@@ -131,7 +147,9 @@ def run(folder: Path, size: int, scenario, **settings) -> list[dict]:
             told = folder.parent / f"{folder.name}.{number}.json"
             try:
                 with joined():
-                    told.write_text(json.dumps({"returned": scenario(folder, **settings)}))
+                    returned = scenario(folder, **settings)
+                threads = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+                told.write_text(json.dumps({"returned": returned, "threads": threads}))
             except BaseException as error:
                 told.write_text(json.dumps({"raised": [type(error).__name__, str(error), traceback.format_exc()]}))
                 os._exit(1)
@@ -169,6 +187,8 @@ def main(place: Path) -> None:
     ):
         shutil.copytree(place / source / "checkpoint-2", place / name / "checkpoint-2")
         told[name] = run(place / name, size, train, resume=True, **settings)
+    distributed.TIMEOUT = timedelta(seconds=5)
+    told["hangs"] = run(place / "hangs", 2, hangs)
     (place / "told.json").write_text(json.dumps(told))
 
 
