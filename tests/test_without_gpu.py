@@ -97,4 +97,4 @@ def test_torchs_own_operations_are_counted_by_their_tensors():
         a @ b
         torch.t(a)  # a view moves nothing
         b.copy_(b)  # read once, and written once
-    assert traffic.operations == [(4 * (32 + 16 + 8), 2 * 4 * 8 * 2), (4 * (16 + 16), 0)]
+    assert traffic.operations == [(4 * (32 + 16 + 8), 2 * 4 * 8 * 2, "mm"), (4 * (16 + 16), 0, "copy_")]
