@@ -28,6 +28,7 @@ import minilora as lora
 from benchmarks import protocol
 from benchmarks.bench_static import PEAKS
 from benchmarks.bench_true_size import PHI_3_MINI, TARGETS
+from benchmarks.peers.environments import last_line
 from benchmarks.timing import Clock, require_cuda
 from minilora import phi3
 from minilora.kernels import backend
@@ -72,7 +73,7 @@ def in_process(case: Case) -> dict:
     code = f"from benchmarks import bench_train_step; bench_train_step.run(**{dataclasses.asdict(case)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=protocol.ROOT, capture_output=True, text=True)
     if done.returncode:
-        return {"failed": next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")}
+        return {"failed": f"exit {done.returncode}: {last_line(done.stderr)}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -88,7 +89,8 @@ def summary(case: Case, rounds: list[dict]) -> dict:
     peak = next((flops for name, (flops, _) in PEAKS.items() if name in last["device"]), None)
     if peak:
         row["mfu"] = last["flops"] / seconds / peak
-    return row | {"loss": last["loss"], "step_ms": [found["step_ms"] for found in rounds], "device": last["device"]}
+    of_all = {name: last[name] for name in ("loss", "trained", "device", "backend")}
+    return row | of_all | {"step_ms": [found["step_ms"] for found in rounds]}
 
 
 def run(way: str, base: str, tokens: int) -> None:
@@ -120,6 +122,7 @@ def measure(case: Case, config: phi3.Phi3Config, device: str, warmup: int = WARM
         "flops": model_flops(config, sum(parameter.numel() for parameter in trained), case.tokens),
         "peak_bytes": torch.cuda.max_memory_allocated() if clock.cuda else None,
         "device": torch.cuda.get_device_name() if clock.cuda else "cpu",
+        "backend": backend.describe(torch.device(device), torch.bfloat16),  # of ours
     }
 
 
@@ -144,7 +147,6 @@ def ours(config: phi3.Phi3Config, base: str, tokens: int, device: str) -> tuple[
     lora.inject(model, lora.LoraConfig(r=R, lora_alpha=R, target_modules=TARGETS), torch.float32)
     lora.mark_only_lora_as_trainable(model)
     model.train()
-    print(backend.describe(torch.device(device), torch.bfloat16), file=sys.stderr)
     return model, lambda ids: model(ids, labels=ids)
 
 
@@ -164,7 +166,7 @@ def peft_sdpa(config: phi3.Phi3Config, base: str, tokens: int, device: str, atte
     sizes = {name: getattr(config, name) for name in names}
     settings = transformers.Phi3Config(**sizes, sliding_window=None, attn_implementation=attention)
     with torch.device(device):
-        model = transformers.Phi3ForCausalLM(settings).to(torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
     if base == "nf4":
         quantize_by_bitsandbytes(model, device)
     adapters = peft.LoraConfig(r=R, lora_alpha=R, target_modules=TARGETS, task_type="CAUSAL_LM")

@@ -51,12 +51,12 @@ class Projection:
 
 
 class Step:
-    """Forward and backward of a model of some layers, for one sequence of T tokens."""
+    """Forward and backward of a model, for one sequence of T tokens."""
 
-    def __init__(self, config: Phi3Config, layers: int, T: int, r: int, traffic: Traffic):
+    def __init__(self, config: Phi3Config, T: int, r: int, traffic: Traffic):
         C, I, V = config.hidden_size, config.intermediate_size, config.vocab_size  # noqa: E741
         q, k, v = config.qkv_sizes.values()
-        self.config, self.layers, self.T, self.traffic = config, layers, T, traffic
+        self.config, self.T, self.traffic = config, T, traffic
         self.q, self.k, self.v, self.o = (Projection(N, K, r) for N, K in ((q, C), (k, C), (v, C), (C, q)))
         self.gate, self.up, self.down = Projection(I, C, r), Projection(I, C, r), Projection(C, I, r)
         self.table, self.head, self.ids = empty(V, C), empty(V, C), empty(T, dtype=torch.int64)
@@ -67,7 +67,7 @@ class Step:
 
     def run(self) -> None:
         x = torch.nn.functional.embedding(self.ids, self.table)
-        for _ in range(self.layers):
+        for _ in range(self.config.num_hidden_layers):
             self.layer(x)
         self.norm(x)
         logits = x @ self.head.T
@@ -75,7 +75,7 @@ class Step:
         self.fused("cross_entropy_backward_kernel", logits, logits)
         dx = logits @ self.head
         self.norm_backward(dx, x)
-        for _ in range(self.layers):
+        for _ in range(self.config.num_hidden_layers):
             self.layer_backward(dx, x)
 
     def fused(self, kernel: str, *tensors: Tensor) -> None:

@@ -126,6 +126,16 @@ def test_the_table_of_bytes_is_that_of_the_committed_result():
     assert "4,096 tokens, r 16, bfloat16" in " ".join(README.split())
 
 
+def test_the_predicted_table_is_that_of_the_committed_prediction():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "predicted.json").read_text())["rows"]
+    found = {(row["tokens"], row["way"], row["base"]): row for row in rows if (row["gpu"], row["part"]) == ("H100", "step")}
+    for tokens in (512, 2048, 8192):
+        columns = ("ours", "bfloat16"), ("ours", "nf4"), ("Unsloth", "bfloat16")
+        ratios = " | ".join(f"{found[tokens, *column]['over_peft']:.2f}" for column in columns)
+        assert f"| {tokens:,} | {ratios} |" in README
+        assert found[tokens, "transformers + PEFT, SDPA", "bfloat16"]["over_peft"] == 1
+
+
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_the_example_settings_run(file, tiny_checkpoint, tmp_path):
     """Two steps on a tiny model, all settings but their number as they stand."""
