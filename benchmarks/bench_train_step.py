@@ -37,6 +37,7 @@ from minilora.kernels.nf4_tensor import NF4Tensor
 CONFIG = dataclasses.replace(PHI_3_MINI, sliding_window=None, max_position_embeddings=8192)  # plain causal at every length
 BASES, SEQUENCES, R = ("bfloat16", "nf4"), (512, 2048, 8192), 16
 WARMUP, STEPS, ROUNDS = 3, 10, 3
+Loss = Callable[[Tensor], Tensor]  # of token ids (1, T)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,6 @@ class Case:
     way: str
     base: str  # of BASES
     tokens: int
-
-
-Loss = Callable[[Tensor], Tensor]
 
 
 def main() -> None:

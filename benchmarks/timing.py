@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from statistics import quantiles
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from benchmarks import protocol
 
 WARMUP, ROUNDS = 5, 50
-L2 = 2**28  # bytes written before each run: more than any cache holds, and long enough for the host to run ahead
+FLUSH = 2**30  # bytes written before each run: more than any L2 holds, and 0.4 ms on an H100, in which the host runs ahead
 TOLERANCE = 2e-2  # of bfloat16, in RMS(error) / RMS(reference); zeros have 1
 
 
@@ -52,7 +53,7 @@ def paired(
 ) -> dict[str, list[float]]:
     """Milliseconds of each run in every round; a round takes each of them once, in turn."""
     clock, marks = Clock(device), {name: [] for name in runs}
-    cache = torch.empty(L2 if clock.cuda else 0, dtype=torch.uint8, device=device)
+    cache = torch.empty(FLUSH if clock.cuda else 0, dtype=torch.uint8, device=device)
     for _ in range(warmup + rounds):
         for name, run in runs.items():
             cache.zero_()
@@ -84,17 +85,22 @@ class Problem:
     def leaves(self) -> list[Tensor]:
         return [tensor for tensor in self.inputs if tensor.requires_grad]
 
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Of the results, random; none where nothing asks for a gradient."""
+        return [torch.randn_like(output) for output in _tuple(self.reference(*self.inputs))] if self.leaves else []
+
     def ways(self) -> dict[str, Callable]:
         ways = {"ours": self.ours, "eager": self.reference, "torch_compile": torch.compile(self.reference)}
         return ways | (self.others or {})
 
     def step(self, function: Callable) -> None:
-        """Forward, and backward of ones where something asks for a gradient."""
+        """Forward, and backward where something asks for a gradient."""
         for leaf in self.leaves:
             leaf.grad = None
         outputs = _tuple(function(*self.inputs))
         if self.leaves:
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            torch.autograd.backward(outputs, self.gradients)
 
     def error(self) -> float:
         """The largest RMS error of ours, results and gradients, over the RMS of the reference in float64."""
@@ -103,8 +109,9 @@ class Problem:
         for function, inputs in ((self.ours, self.inputs), (self.reference, doubles)):
             outputs = _tuple(function(*inputs))
             leaves = [tensor for tensor in inputs if tensor.requires_grad]
-            gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs]) if leaves else []
-            found.append([tensor.detach().double() for tensor in (*outputs, *gradients)])
+            upstream = [gradient.to(output.dtype) for gradient, output in zip(self.gradients, outputs, strict=False)]
+            of_leaves = torch.autograd.grad(outputs, leaves, upstream) if leaves else []
+            found.append([tensor.detach().double() for tensor in (*outputs, *of_leaves)])
         return max(float((ours - expected).norm() / expected.norm()) for ours, expected in zip(*found, strict=True))
 
 
@@ -125,7 +132,7 @@ def measure(problem: Problem, device: str, **counts: int) -> list[dict]:
     error = problem.error()
     if not error < TOLERANCE:
         raise ValueError(f"{problem.row}: ours is off by {error:.1e}; nothing was timed")
-    runs = {name: lambda function=function: problem.step(function) for name, function in problem.ways().items()}
+    runs = {name: partial(problem.step, function) for name, function in problem.ways().items()}
     rows = []
     for name, found in paired(runs, device, **counts).items():
         _, low, _, _, middle, _, _, high, _ = quantiles(found, n=10, method="inclusive")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from without_gpu import interpreting
+from without_gpu import counting, interpreting
 
 from benchmarks import bench_cross_entropy, bench_nf4, bench_rms_norm, bench_rope, bench_swiglu, protocol, timing
 
@@ -53,6 +53,24 @@ def test_a_kernel_that_computes_something_else_is_not_timed(name):
 
 def wrong(outputs):
     return tuple(output * 1.05 for output in outputs) if isinstance(outputs, tuple) else outputs * 1.05
+
+
+@pytest.mark.parametrize("name", KERNELS[1:])
+def test_at_true_size_no_less_is_moved_than_the_least(name, monkeypatch):
+    """On no device, where launches are counted; the elementwise kernels move hardly more."""
+    given = {}
+    monkeypatch.setattr(timing, "main", lambda name, problems: given.update({name: problems}))
+    importlib.import_module(f"benchmarks.bench_{name}").main()
+    with counting(90):
+        problems = list(given[name]("meta"))
+        assert len(problems) >= 3
+        assert all(problem.gradients or not problem.leaves for problem in problems)
+    for problem in problems:
+        with counting(90) as traffic:
+            problem.step(problem.ours)
+        assert problem.least <= traffic.total, problem.row
+        if name in ("rms_norm", "swiglu", "rope"):
+            assert traffic.total < 1.02 * problem.least, problem.row
 
 
 def test_a_round_takes_each_run_once_in_turn_and_warm_ups_do_not_count():
