@@ -9,13 +9,12 @@ from benchmarks.bench_static import C
 from benchmarks.timing import Problem
 from minilora.kernels.cross_entropy import cross_entropy_reference, head_cross_entropy
 
-TOKENS = (512, 2048, 8192)
-VOCABULARIES = (32064, 200064)  # of Phi-3-mini and of Phi-4-mini
+CASES = ((512, 32064), (2048, 32064), (8192, 32064), (2048, 200064))  # tokens, and the vocabulary of Phi-3-mini or Phi-4-mini
 
 
 def main() -> None:
     """Writes results/cross_entropy.json."""
-    timing.main("cross_entropy", lambda device: (problem(t, C, V, device) for t in TOKENS for V in VOCABULARIES))
+    timing.main("cross_entropy", lambda device: (problem(tokens, C, V, device) for tokens, V in CASES))
 
 
 def problem(tokens: int, width: int, vocabulary: int, device: str) -> Problem:

@@ -156,4 +156,14 @@ def peak_bytes(run: Callable[[], None], device: str) -> int | None:
 def main(name: str, problems: Callable[[str], Iterable[Problem]]) -> None:
     """Writes results/NAME.json, a row for each problem and way; ends where there is no GPU."""
     require_cuda(name)
-    protocol.write(name, [row for problem in problems("cuda") for row in measure(problem, "cuda")])
+    protocol.write(name, [row for problem in problems("cuda") for row in attempt(problem, "cuda")])
+
+
+def attempt(problem: Problem, device: str) -> list[dict]:
+    """The rows of measure, or one that says why there are none: ours is wrong, or a way wants more memory than there is."""
+    try:
+        return measure(problem, device)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        print(*problem.row.values(), f"failed: {reason}", flush=True)
+        return [problem.row | {"failed": reason}]

@@ -51,6 +51,19 @@ def test_a_kernel_that_computes_something_else_is_not_timed(name):
         timing.measure(differs, "cpu")
 
 
+def test_a_problem_that_fails_is_a_row_that_says_why(monkeypatch):
+    def full(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore words")
+
+    problem, written = PROBLEMS["swiglu"](), {}
+    monkeypatch.setattr(timing, "require_cuda", lambda name: None)
+    monkeypatch.setattr(timing, "measure", lambda problem, device: problem.step(problem.ours) or [problem.row | {"way": device}])
+    monkeypatch.setattr(protocol, "write", lambda name, rows: written.update({name: rows}))
+    timing.main("swiglu", lambda device: [problem, replace(problem, ours=full), problem])
+    sizes = {"tokens": 4, "width": 32}
+    assert written["swiglu"] == [sizes | {"way": "cuda"}, sizes | {"failed": "CUDA out of memory"}, sizes | {"way": "cuda"}]
+
+
 def wrong(outputs):
     return tuple(output * 1.05 for output in outputs) if isinstance(outputs, tuple) else outputs * 1.05
 
