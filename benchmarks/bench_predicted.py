@@ -31,6 +31,9 @@ PEFT, UNSLOTH = ("transformers + PEFT, SDPA", "bfloat16"), ("Unsloth", "bfloat16
 CASES = [("ours", "bfloat16"), ("ours", "nf4"), PEFT, ("transformers + PEFT, eager attention", "bfloat16"), UNSLOTH]
 
 ASSUMPTIONS = """\
+A measured step that is off by more than a quarter, or two ways in another order that should be a quarter apart, prove one of
+these wrong:
+
 - One sequence a step, adapters of rank 16 on all four projections (Unsloth: on the seven that it splits them into), no dropout,
   no activation checkpointing, no clipping of gradients; the base is frozen in bfloat16, or 4-bit where the way says so.
 - Phi-3-mini's sizes without its window of 2,047 tokens, so that attention is plain causal at every length, and flash attention
@@ -38,10 +41,10 @@ ASSUMPTIONS = """\
   in backward 2.5 × those of forward, since it makes Q Kᵀ again.
 - What ours launches is what it launches on an H100 (sm_90), whose sums are cut as those of the others are, nearly everywhere.
 - Within a launch every tensor is read or written once; from one to the next, caches remember nothing. At 512 tokens a large L2
-  would spare eager PyTorch some of that; there the host is the longer one.
+  would spare some of that, of eager PyTorch most: there the GPU's time flatters ours.
 - DRAM gives 0.85 of its peak to every kernel: what copies of large tensors reach.
 - torch's products (cuBLAS) reach 0.80 of the tensor cores' peak on an A100, 0.65 on an H100 (whose clock falls under their
-  power) and 0.88 on an RTX 4090, at all sizes.
+  power) and 0.88 on an RTX 4090, at all sizes: about what is commonly told of large ones.
 - Triton's products reach 0.95 of cuBLAS's rate on an A100 and an RTX 4090, whose tensor cores both feed in the same way, and
   0.80 on an H100, whose TMA and warp specialisation ours do not use. This is the least certain number of all: the column
   "level with PEFT at" tells which share ours must reach to be as fast as transformers + PEFT with SDPA on that GPU, and the next

@@ -50,7 +50,7 @@ class Case:
 
 
 def main() -> None:
-    """Writes results/train_step.json, a row for each way, base and number of tokens."""
+    """Writes results/train_step.json and .md, a row for each way, base and number of tokens, beside what was predicted."""
     require_cuda("train_step")
     cases = [Case(way, base, tokens) for tokens in SEQUENCES for base in BASES for way in WAYS if is_installed(way)]
     absent = [{"way": way, "failed": f"{WAYS[way].package} is not installed"} for way in WAYS if not is_installed(way)]
@@ -59,7 +59,9 @@ def main() -> None:
         for case in cases:
             found[case].append(in_process(case))
             print(json.dumps(dataclasses.asdict(case) | found[case][-1]), flush=True)
-    protocol.write("train_step", [*absent, *(summary(case, rounds) for case, rounds in found.items())])
+    rows = [*absent, *(summary(case, rounds) for case, rounds in found.items())]
+    protocol.write("train_step", rows)
+    protocol.write_table("train_step", table(rows, json.loads((protocol.RESULTS / "predicted.json").read_text())["rows"]))
 
 
 def is_installed(way: str) -> bool:
@@ -89,6 +91,24 @@ def summary(case: Case, rounds: list[dict]) -> dict:
         row["mfu"] = last["flops"] / seconds / peak
     of_all = {name: last[name] for name in ("loss", "trained", "device", "backend")}
     return row | of_all | {"step_ms": [found["step_ms"] for found in rounds]}
+
+
+def table(rows: list[dict], predictions: list[dict]) -> str:
+    """The rows in Markdown, with the predicted time of the same step on the same kind of GPU, where there is one."""
+    steps = [row for row in predictions if row["part"] == "step"]
+    predicted = {(row["gpu"], row["way"], row["base"], row["tokens"]): row["ms"] for row in steps}
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row.get("tokens", ""), row["way"], row.get("base", ""), row["failed"], *[""] * 5])
+            continue
+        gpu = next((name for name in PEAKS if name in row["device"]), None)
+        ms, expected = row["seconds"] * 1e3, predicted.get((gpu, row["way"], row["base"], row["tokens"]))
+        cells = f"{ms:.1f}", f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.2f}" if gpu else "", f"{row['peak_bytes'] / 1e9:.1f}"
+        compared = (f"{expected:.1f}", f"{ms / expected:.2f}") if expected else ("", "")
+        lines.append([row["tokens"], row["way"], row["base"], *cells, *compared])
+    header = ["tokens", "way", "base", "ms", "tokens/s", "MFU", "GB at the peak", "predicted ms", "measured / predicted"]
+    return protocol.markdown(header, lines)
 
 
 def run(way: str, base: str, tokens: int) -> None:

@@ -1,5 +1,6 @@
 """The prediction follows its own laws, and counts what a step launches."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from helpers import tiny_config
 from without_gpu import counting, interpreting
 
-from benchmarks import bench_predicted, bench_train_step
+from benchmarks import bench_predicted, bench_train_step, protocol
 from benchmarks.bench_predicted import CASES, GPUS, PEFT, REACHED, launches, parts
 from minilora.trainable import count_parameters
 
@@ -94,6 +95,12 @@ def test_the_level_is_the_least_share_that_is_enough(counted):
     share = bench_predicted.level(ours, seconds, gpu)
     assert replace(gpu, triton=share).step(ours) <= seconds < replace(gpu, triton=share - 0.01).step(ours)
     assert bench_predicted.level(ours, 0.0, gpu) is None
+
+
+def test_the_committed_text_is_that_of_the_committed_rows():
+    results = protocol.RESULTS
+    rows = json.loads((results / "predicted.json").read_text())["rows"]
+    assert bench_predicted.report(rows) == (results / "predicted.md").read_text(encoding="utf-8")
 
 
 def test_the_report_says_that_it_is_no_measurement_and_tells_every_constant(counted, monkeypatch):

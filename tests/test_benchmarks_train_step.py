@@ -65,6 +65,7 @@ def test_rounds_take_every_case_in_turn_and_absent_packages_are_told(monkeypatch
     monkeypatch.setattr(bench_train_step, "is_installed", lambda way: way in ("ours", "Liger"))
     monkeypatch.setattr(bench_train_step, "in_process", lambda case: taken.append(case) or ROUND)
     monkeypatch.setattr(protocol, "write", lambda name, rows: written.update({name: rows}))
+    monkeypatch.setattr(protocol, "write_table", lambda name, table: written.update({f"{name}.md": table}))
     bench_train_step.main()
     cases = len(taken) // bench_train_step.ROUNDS
     assert taken[:cases] == taken[cases : 2 * cases]
@@ -72,3 +73,21 @@ def test_rounds_take_every_case_in_turn_and_absent_packages_are_told(monkeypatch
     rows = written["train_step"]
     assert {"way": "Unsloth", "failed": "unsloth is not installed"} in rows
     assert next(row for row in rows if "seconds" in row).items() >= asdict(taken[0]).items()
+    assert written["train_step.md"].count("\n") == 2 + len(rows)
+
+
+def test_the_table_sets_a_measurement_beside_its_prediction():
+    rows = [
+        summary(Case("ours", "nf4", 512), [ROUND]),
+        summary(Case("Liger", "nf4", 512), [ROUND | {"device": "a GPU of tomorrow"}]),
+        summary(Case("Unsloth", "nf4", 512), [{"failed": "exit 1: no memory"}]),
+    ]
+    step = {"gpu": "A100", "way": "ours", "base": "nf4", "tokens": 512, "part": "step", "ms": 2.0}
+    lines = bench_train_step.table(
+        rows, [step, step | {"part": "layer", "ms": 0.1}, step | {"gpu": "H100", "ms": 1.0}]
+    ).splitlines()
+    assert lines[2:] == [
+        "| 512 | ours | nf4 | 3.0 | 170,667 | 1.07 | 0.0 | 2.0 | 1.50 |",
+        "| 512 | Liger | nf4 | 3.0 | 170,667 |  | 0.0 |  |  |",
+        "| 512 | Unsloth | nf4 | exit 1: no memory |  |  |  |  |  |",
+    ]
