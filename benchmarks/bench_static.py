@@ -76,15 +76,21 @@ class Step:
         return 2 * (3 * self.x.numel() + 2 * self.weight.numel() + 2 * self.dy.numel() + M * R) + 3 * adapter
 
 
+def four_bit(N: int, K: int) -> NF4Tensor:
+    """A 4-bit weight on no device."""
+    scales = -(-N * K // BLOCK)
+    codes, scale_codes = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (N * K // 2, scales))
+    nested, offset = torch.empty(-(-scales // GROUP), device="meta"), torch.empty((), device="meta")
+    return NF4Tensor(codes, scale_codes, nested, offset, (N, K), torch.bfloat16)
+
+
 class Product:
     """Y and dX of one layer for a number of tokens, on no device, with a 16-bit or a 4-bit weight."""
 
     def __init__(self, name: str, tokens: int):
-        (N, K), scales = LAYERS[name], -(-LAYERS[name][0] * LAYERS[name][1] // BLOCK)
+        N, K = LAYERS[name]
         empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-        parts = empty(N * K // 2, dtype=torch.uint8), empty(scales, dtype=torch.uint8)
-        nested = empty(-(-scales // GROUP), dtype=torch.float32), empty(dtype=torch.float32)
-        self.four_bit, self.plain = NF4Tensor(*parts, *nested, (N, K), torch.bfloat16), empty(N, K)
+        self.four_bit, self.plain = four_bit(N, K), empty(N, K)
         self.x, self.dy, self.s = empty(tokens, K), empty(tokens, N), empty(tokens, R)
         self.lora_A, self.lora_B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
 
@@ -146,7 +152,7 @@ def roofline_nf4(name: str, tokens: int) -> dict:
 def roofline_times(traffic: Traffic) -> dict[str, float]:
     """Seconds on each GPU: of every launch its bytes or its products, whichever take longer."""
     return {
-        gpu: sum(max(flops / flop_rate, moved / byte_rate) for moved, flops in traffic.operations)
+        gpu: sum(max(flops / flop_rate, moved / byte_rate) for moved, flops, _ in traffic.operations)
         for gpu, (flop_rate, byte_rate) in PEAKS.items()
     }
 

@@ -13,7 +13,7 @@ import torch
 from killed_runs import ACCESSES, MOMENTS
 
 import minilora as lora
-from benchmarks import bench_family, bench_lines, bench_parity, bench_plan, protocol
+from benchmarks import bench_family, bench_lines, bench_parity, bench_plan, bench_predicted, protocol
 from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
 from benchmarks.peers.tables import tables
@@ -163,12 +163,23 @@ def test_the_bytes_of_a_layer_are_those_of_the_committed_result():
     assert f"by eager PEFT {min(theirs):.2f} to {max(theirs):.2f} times" in README
 
 
+def test_the_predicted_table_is_that_of_the_committed_prediction():
+    rows = COMMITTED["predicted"]
+    found = {(row["tokens"], row["way"], row["base"]): row for row in rows if (row["gpu"], row["part"]) == ("H100", "step")}
+    for tokens in (512, 2048, 8192):
+        columns = ("ours", "bfloat16"), ("ours", "nf4"), ("Unsloth", "bfloat16")
+        ratios = " | ".join(f"{found[tokens, *column]['over_peft']:.2f}" for column in columns)
+        assert f"| {tokens:,} | {ratios} |" in README
+        assert found[tokens, "transformers + PEFT, SDPA", "bfloat16"]["over_peft"] == 1
+
+
 TABLES = {
     "family": bench_family.table,
     "lines": bench_lines.table,
     "parity": bench_parity.table,
     "peers": tables,
     "plan": bench_plan.table,
+    "predicted": bench_predicted.report,
 }
 
 
