@@ -97,6 +97,7 @@ def split(programs: int, length: int, least: int) -> int:
 # keeps enough of them in flight, and leaves registers for what a norm holds of its row.
 
 SWIGLU = Tile(1, 1024, 0, 4, 1)  # half as many numbers a thread: three tensors are read at once
+CROSS_ENTROPY = Tile(1, 4096, 0, 8, 1)  # of a row of logits, a block a turn
 
 
 def for_row(C: int) -> tuple[int, int]:
