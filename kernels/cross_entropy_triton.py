@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.kernels.cross_entropy import IGNORE
 from minilora.kernels.tiles import CROSS_ENTROPY
-
-IGNORE = tl.constexpr(-100)
 
 
 @triton.jit
@@ -16,6 +15,7 @@ def cross_entropy_kernel(
     LABELS,  # (M,) int64
     LOSSES,  # (M,) float32
     V: tl.constexpr,
+    IGNORE: tl.constexpr,
     BV: tl.constexpr,
 ):
     row, rv = tl.program_id(0), tl.arange(0, BV)
@@ -32,11 +32,11 @@ def cross_entropy_kernel(
         tops = higher
     top = tl.max(tops, axis=0)
     total = tl.sum(sums * tl.exp(tops - top), axis=0)
-    wanted = label != IGNORE
+    share, wanted = 1 / total, label != IGNORE
     tl.store(LOSSES + row, tl.where(wanted, top - chosen + tl.log(total), 0.0))
     for start in range(0, V, BV):
         z = tl.load(Z + start + rv, mask=start + rv < V, other=float("-inf")).to(tl.float32)
-        dz = tl.exp(z - top) / total - tl.where(start + rv == label, 1.0, 0.0)
+        dz = share * tl.exp(z - top) - tl.where(start + rv == label, 1.0, 0.0)
         tl.store(Z + start + rv, tl.where(wanted, dz, 0.0).to(Z.dtype.element_ty), mask=start + rv < V)
 
 
@@ -46,6 +46,6 @@ def losses_and_dlogits_(logits: Tensor, labels: Tensor) -> Tensor:
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     if M:
         cross_entropy_kernel[(M,)](
-            logits, labels.contiguous(), losses, V=V, BV=CROSS_ENTROPY.BN, num_warps=CROSS_ENTROPY.num_warps
+            logits, labels.contiguous(), losses, V=V, IGNORE=IGNORE, BV=CROSS_ENTROPY.BN, num_warps=CROSS_ENTROPY.num_warps
         )
     return losses

@@ -16,7 +16,7 @@ from benchmarks.bench_true_size import PHI_3_MINI
 from minilora import phi3, planning
 from minilora.cli import build_parser, main
 from minilora.config import read_run_config
-from minilora.kernels.cross_entropy import CHUNK
+from minilora.kernels.cross_entropy import chunk_rows
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
@@ -98,11 +98,11 @@ def test_what_each_lever_saves_is_as_planned():
         for wanted in (False, True)
     )
     weights = planning.memory(model, planning.Batch(1, N, N), lora.TrainConfig(), "cuda").weights
-    logits = 2 * 4 * PHI_3_MINI.vocab_size
+    V = PHI_3_MINI.vocab_size  # logits of a row: in float32 beside their gradient, or in bfloat16 and then overwritten with it
     rows = {
         "4-bit base | weights": (weights, plain.weights),
         "activation checkpointing | activations": (plain.activations, checkpointed.activations),
-        "head and loss in chunks, always | logits and their gradient": (N * logits, CHUNK * logits),
+        "head and loss in chunks, always | logits and their gradient": (N * V * 2 * 4, chunk_rows("cuda") * V * 2),
         "8-bit AdamW, not offered | moments of the adapter": (plain.moments, plain.moments / 4),
     }
     for start, (before, after) in rows.items():
