@@ -24,8 +24,8 @@ from minilora.kernels import backend
 
 IGNORE = -100  # torch's own ignore_index: a label that asks for no loss
 CHUNK = 256  # rows; on two CPU cores the head costs 1.03 × its bare products at 256 rows, 1.16 × at 128, 1.41 × at 64
-# Each chunk reads W twice. In bfloat16 1,024 rows do 1,024 operations for a byte of it, of which an H100 does 295 while it reads
-# one: the reading hides. A 200k vocabulary's logits take 0.41 GB then; a few launches take 2 % of the time of the products.
+# Rows on a GPU. Each chunk reads W twice: in bfloat16, 1,024 rows multiply 1,024 times for a byte of it, where an H100 could 295
+# times while it reads one, so that reading hides; and the logits of a 200k vocabulary take no more than 0.41 GB.
 GPU_CHUNK = 1024
 
 
@@ -90,15 +90,14 @@ def _(labels):
 
 
 @torch.library.custom_op("minilora::linear_cross_entropy", mutates_args=())
-def _linear_op(labels: Tensor, needed: list[bool], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+def _linear_op(labels: Tensor, needed: list[bool], x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     """The mean loss, and its gradients by those of x, weight and bias that are needed, in this order."""
     return of_linear(labels, needed, x, weight, bias)
 
 
-def of_linear(labels, needed, x, weight, bias=None) -> list[Tensor]:
-    inputs = (x, weight, bias)[: len(needed)]
-    gradients = [torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True)]
-    dx, dweight, dbias = gradients + [None] * (3 - len(needed))
+def of_linear(labels, needed, x, weight, bias) -> list[Tensor]:
+    gradients = [torch.zeros_like(tensor) if need else None for tensor, need in zip((x, weight, bias), needed, strict=True)]
+    dx, dweight, dbias = gradients
     loss, share = _at_least_float32(x.new_zeros(())), 1 / _count_targets(labels).item()
     for rows in (labels != IGNORE).nonzero().squeeze(1).split(chunk_rows(x.device)):
         x_i = x[rows]  # a copy
@@ -115,9 +114,8 @@ def of_linear(labels, needed, x, weight, bias=None) -> list[Tensor]:
 
 
 @_linear_op.register_fake
-def _(labels, needed, x, weight, bias=None):
-    inputs = (x, weight, bias)[: len(needed)]
-    gradients = [torch.empty_like(tensor) for tensor, need in zip(inputs, needed, strict=True) if need]
+def _(labels, needed, x, weight, bias):
+    gradients = [torch.empty_like(tensor) for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
     return [_at_least_float32(x.new_empty(())), *gradients]
 
 
@@ -174,8 +172,8 @@ class _MeanLoss(torch.autograd.Function):
         return None, None, None, *(next(gradients) * dloss if need else None for need in ctx.needed)
 
 
-def _mean_loss(find: Callable[..., list[Tensor]], labels: Tensor, *inputs: Tensor) -> Tensor:
-    needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
+def _mean_loss(find: Callable[..., list[Tensor]], labels: Tensor, *inputs: Tensor | None) -> Tensor:
+    needed = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     return _MeanLoss.apply(find, labels, needed, *inputs) if any(needed) else find(labels, needed, *inputs)[0]
 
 
@@ -201,4 +199,6 @@ def head_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: no label asks for a loss (the mean over none would be NaN).
     """
-    return _mean_loss(_linear_op, labels, x, *head.parameters()) if _is_linear(head, x) else _mean_loss_of_any(head, labels, x)
+    if _is_linear(head, x):
+        return _mean_loss(_linear_op, labels, x, head.weight, head.bias)
+    return _mean_loss_of_any(head, labels, x)
