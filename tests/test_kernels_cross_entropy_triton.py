@@ -51,9 +51,16 @@ def test_losses_and_gradients_equal_those_of_float64(M, V, dtype, scale, seed):
     assert not logits[0].any()
 
 
+class Transposed(nn.Sequential):
+    """Its logits are no contiguous matrix."""
+
+    def forward(self, x):
+        return super().forward(x).T.contiguous().T
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapted", [False, True], ids=["linear", "any"])
-def test_a_head_over_it_equals_the_float64_reference(adapted, dtype):
+@pytest.mark.parametrize("kind", [lambda linear: linear, nn.Sequential, Transposed], ids=["linear", "any", "transposed"])
+def test_a_head_over_it_equals_the_float64_reference(kind, dtype):
     torch.manual_seed(0)
     head = nn.Linear(24, 300).to(dtype)
     labels = torch.where(torch.rand(70) < 0.3, IGNORE, torch.randint(300, (70,)))
@@ -63,7 +70,7 @@ def test_a_head_over_it_equals_the_float64_reference(adapted, dtype):
     wide = x.detach().double().requires_grad_()
     expected = cross_entropy_reference(double, wide, labels)
     with interpreting() as launches:
-        loss = head_cross_entropy(nn.Sequential(head) if adapted else head, x, labels)
+        loss = head_cross_entropy(kind(head), x, labels)
     assert [launch.kernel for launch in launches] == ["cross_entropy_kernel"]
     found = [loss, *torch.autograd.grad(loss, [x, head.weight, head.bias])]
     expected = [expected, *torch.autograd.grad(expected, [wide, double.weight, double.bias])]
