@@ -9,7 +9,17 @@ import torch.nn.functional as F
 
 from benchmarks import protocol
 from benchmarks.bench_lora_linear import LAYERS
-from minilora.kernels import lora_linear_triton, rms_norm, rms_norm_triton, rope, rope_triton, swiglu, swiglu_triton
+from minilora.kernels import (
+    cross_entropy,
+    cross_entropy_triton,
+    lora_linear_triton,
+    rms_norm,
+    rms_norm_triton,
+    rope,
+    rope_triton,
+    swiglu,
+    swiglu_triton,
+)
 from minilora.kernels.lora_linear import backward, forward
 from minilora.kernels.nf4 import BLOCK, GROUP
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -174,7 +184,7 @@ def roofline(name: str, dropout: float) -> dict:
     return row
 
 
-C, WIDTH, HEADS, D = 3072, 8192, 32, 96  # of Phi-3-mini
+C, WIDTH, HEADS, D, V = 3072, 8192, 32, 96, 32064  # of Phi-3-mini
 
 
 def empty(*shape: int) -> torch.Tensor:
@@ -210,9 +220,19 @@ def rope_eager(qkv, cos, sin, *gradients) -> None:
     torch.autograd.backward(rope.rope_reference(qkv.requires_grad_(), cos, sin, HEADS, HEADS), gradients)
 
 
+def cross_entropy_ours(logits) -> None:
+    cross_entropy_triton.losses_and_dlogits_(logits, torch.empty(len(logits), dtype=torch.int64, device="meta"))
+
+
+def cross_entropy_eager(logits) -> None:
+    labels = torch.empty(len(logits), dtype=torch.int64, device="meta")
+    cross_entropy.cross_entropy_reference(lambda logits: logits, logits.requires_grad_(), labels).backward()
+
+
 ELEMENTWISE = {  # ours, eager PyTorch's, the tensors of both, and how many of the first one's size there and back must move
     "add_rms_norm": (norm_ours, norm_eager, [(M, C), (M, C), (C,), (M, C), (M, C)], 4 + 4),
     "swiglu": (swiglu_ours, swiglu_eager, [(M, 2 * WIDTH), (M, WIDTH)], 1.5 + 2.5),
+    "cross_entropy": (cross_entropy_ours, cross_entropy_eager, [(cross_entropy.GPU_CHUNK, V)], 2),
     "rope": (rope_ours, rope_eager, [(1, M, 3 * HEADS * D), *2 * [(1, 1, M, D // 2)], *3 * [(1, HEADS, M, D)]], 2 + 2),
 }
 

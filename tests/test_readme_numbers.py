@@ -18,7 +18,7 @@ from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
 from benchmarks.peers.tables import tables
 from minilora import phi3
-from minilora.kernels.cross_entropy import CHUNK
+from minilora.kernels.cross_entropy import chunk_rows
 from minilora.training import planning
 from minilora.training.fingerprint import ELEMENTS
 
@@ -42,11 +42,11 @@ def levers() -> list[str]:
         for wanted in (False, True)
     )
     weights = planning.memory(model, planning.Batch(1, N, N), lora.TrainConfig(), "cuda").weights
-    logits = 2 * 4 * PHI_3_MINI.vocab_size
+    V = PHI_3_MINI.vocab_size  # logits of a row: in float32 beside their gradient, or in bfloat16 and then overwritten with it
     rows = {
         "4-bit base | weights": (weights, plain.weights),
         "activation checkpointing | activations": (plain.activations, checkpointed.activations),
-        "head and loss in chunks, always | logits and their gradient": (N * logits, CHUNK * logits),
+        "head and loss in chunks, always | logits and their gradient": (N * V * 2 * 4, chunk_rows("cuda") * V * 2),
         "8-bit AdamW, not offered | moments of the adapter": (plain.moments, plain.moments / 4),
     }
     return [f"| {start} | {before / 1e9:.2f} GB | {after / 1e9:.2f} GB |" for start, (before, after) in rows.items()]

@@ -86,9 +86,11 @@ class Launch:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By argument, of reading and writing together."""
-        sectors = {name: [*self.read[name], *self.written[name]] for name in self.read.keys() | self.written.keys()}
-        return {name: SECTOR * len(np.unique(np.concatenate(parts))) for name, parts in sectors.items()}
+        """By argument, each sector once for reading and once for writing."""
+        moved = Counter()
+        for sectors in (self.read, self.written):
+            moved.update({name: SECTOR * len(np.unique(np.concatenate(parts))) for name, parts in sectors.items()})
+        return dict(moved)
 
 
 class _Memory:
@@ -364,6 +366,7 @@ class Operation(NamedTuple):
 
 NO_LAUNCH = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view")  # beside what is marked as a view
 READS = {"embedding": 1, "nll_loss_forward": 1, "nll_loss_backward": 0}  # of what they write; they take a table, or its shape
+IN_PLACE = {"cross_entropy_kernel": "Z"}  # arguments that a kernel reads and overwrites
 
 
 class Traffic(TorchDispatchMode):
@@ -422,7 +425,8 @@ class Traffic(TorchDispatchMode):
         tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
         if "SLICES" in arguments:
             self.partial += sum(_own_bytes(t) for t in tensors.values() if t.ndim == 3 and len(t) > 1)
-        self.add(kernel.fn.__name__, tensors.values(), self._products(tensors, arguments))
+        overwritten = [t for name, t in tensors.items() if name == IN_PLACE.get(kernel.fn.__name__)]
+        self.add(kernel.fn.__name__, [*tensors.values(), *overwritten], self._products(tensors, arguments))
 
     @staticmethod
     def _products(tensors: dict, arguments: dict) -> int:
