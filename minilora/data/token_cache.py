@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from itertools import accumulate, chain, pairwise
@@ -60,7 +61,7 @@ def _key(conversations: Sequence[Conversation], tokenizer: HashedTokenizer) -> s
 
 
 def _keep(examples: Sequence[Example], path: Path) -> str:
-    """Writes a file and removes the oldest ones beyond LIMIT, a killed program's among them; returns what became of it."""
+    """Writes a file, and tells what became of it."""
     tokens = {
         "ids": np.fromiter(chain.from_iterable(example.ids for example in examples), np.int32),
         "mask": np.fromiter(chain.from_iterable(example.mask for example in examples), np.bool_),
@@ -68,14 +69,20 @@ def _keep(examples: Sequence[Example], path: Path) -> str:
     }
     try:
         write_file(path, save(tokens, {"sha256": _digest(path.stem, tokens)}))
-        left = LIMIT
-        for file in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True):
-            left -= file.stat().st_size
-            if left < 0:
-                file.unlink()
     except OSError as error:
         return f"not kept: {error}"
+    with suppress(OSError):  # another process may be at it too
+        _remove_oldest(path.parent)
     return f"kept as {path}"
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Removes files beyond LIMIT, what killed programs left among them."""
+    left = LIMIT
+    for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True):
+        left -= file.stat().st_size
+        if left < 0:
+            file.unlink()
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
