@@ -124,20 +124,24 @@ def test_in_threads_results_and_faults_are_those_of_one_after_the_other(tokenize
         assert [example.source for example in found] == [example.source for example in expected]
 
 
-def test_several_conversations_are_encoded_at_once(tokenizer, monkeypatch):
+def test_several_conversations_are_encoded_at_once_and_stay_in_their_order(tokenizer, monkeypatch):
+    conversations = [talk("hi", str(n)) for n in range(2 * CHUNK)]
+
     class Meeting:
-        """Encodes nothing before two conversations have come."""
+        """Encodes nothing before two conversations have come; those of the first half come out last."""
 
         def __init__(self):
             self.all_here = threading.Barrier(2, timeout=30)
 
         def encode_chat(self, messages):
             self.all_here.wait()
+            if messages is conversations[CHUNK - 1].messages:
+                time.sleep(0.2)
             return tokenizer.encode_chat(messages)
 
-    conversations = [talk("hi", str(n)) for n in range(2 * CHUNK)]
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert len(encode_conversations(conversations, Meeting(), 1000)) == 2 * CHUNK
+    found = encode_conversations(conversations, Meeting(), 1000)
+    assert [example.ids for example in found] == [tokenizer.encode_chat(talk.messages)[0] for talk in conversations]
 
 
 def test_what_is_interrupted_ends_without_the_rest(tokenizer):
