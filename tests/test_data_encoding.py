@@ -141,7 +141,7 @@ def test_several_conversations_are_encoded_at_once_and_stay_in_their_order(token
 
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     found = encode_conversations(conversations, Meeting(), 1000)
-    assert [example.ids for example in found] == [tokenizer.encode_chat(talk.messages)[0] for talk in conversations]
+    assert [example.ids for example in found] == [tokenizer.encode_chat(one.messages)[0] for one in conversations]
 
 
 def test_what_is_interrupted_ends_without_the_rest(tokenizer):

@@ -51,7 +51,7 @@ def encode_conversations(
     Raises:
         ValueError: the template refuses conversations or they are too long; each is named by its source.
     """
-    # Threads, since the tokenizers library lets go of Python's lock. Two of them took 0.41 of the time of one for questions of
+    # Threads, since the tokenizers library lets go of Python's lock. Two of them took half the time of one for questions of
     # 135 tokens; two processes took 4 s of a core each to import torch, in which a core encodes 20,000 of these.
     taken, examples, faults = [], [], []
     with ThreadPool() as pool:  # a thread for each core

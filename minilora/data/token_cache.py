@@ -2,6 +2,9 @@
 
 A file is named by the hash of all that its tokens follow from: the messages of the conversations in their order, and the
 tokenizer. Nothing else can be stale: where conversations lie, and whether all tokens are learnt, is told afterwards.
+
+On two busy CPU cores 20,000 questions of 135 tokens took 7.7 to 11 s to encode one by one by the tokenizer of Phi-3-mini, 5.0 to
+6.0 s in threads, and 0.34 to 0.48 s to read back, a quarter of that for the hash of the messages.
 """
 
 import gc
@@ -108,7 +111,7 @@ def _examples(tokens: dict[str, np.ndarray], conversations: Sequence[Conversatio
     shared = np.arange(tokens["ids"].max() + 1).astype(object)
     ids, mask, offsets = shared[tokens["ids"]].tolist(), tokens["mask"].tolist(), tokens["offsets"].tolist()
     places = zip(conversations, pairwise(offsets), strict=True)
-    gc.disable()  # its collections would walk through all lists so far, again and again: two thirds of the time
+    gc.disable()  # its collections would walk through all lists so far, again and again: half of the time
     try:
         return [Example(ids[start:end], mask[start:end], source=conversation.source) for conversation, (start, end) in places]
     finally:
