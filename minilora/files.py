@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """$MINILORA_CACHE, else minilora in the user's cache folder."""
+    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MINILORA_CACHE") or Path(users, "minilora"))
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file; a failure on the way leaves the earlier one untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)

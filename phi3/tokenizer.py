@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import dataclass
 from functools import cached_property, partial
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -54,6 +56,13 @@ class Tokenizer:
         return frozenset(token.content for token in self.file.get_added_tokens_decoder().values() if token.special)
 
     @cached_property
+    def digest(self) -> str:
+        """A hash of all that encode_chat's results follow from beside the messages: settings, libraries and this file itself."""
+        settings = [self.file.to_str(), self.template, sorted(self.special.items()), sorted(self.stop_ids)]
+        libraries = [version("tokenizers"), version("jinja2")]
+        return sha256(json.dumps([settings, libraries]).encode() + Path(__file__).read_bytes()).hexdigest()
+
+    @cached_property
     def _compiled(self) -> jinja2.Template:
         # The template comes with a downloaded checkpoint: it runs in Jinja's sandbox. Trimming as transformers does.
         extensions = ["jinja2.ext.loopcontrols", GenerationTag]
@@ -99,15 +108,14 @@ class Tokenizer:
         whole = self.render(messages)
         self._check_tools_are_written(messages, whole)
         prompts = [self.render(messages[:turn], add_generation_prompt=True) for turn in turns]
-        ends = [self.render(messages[: turn + 1]) for turn in turns]
+        ends = [self.render(messages[: turn + 1]) if turn + 1 < len(messages) else whole for turn in turns]
         ids_of = self._encode_all([whole, *prompts, *ends])
         ids, mask = ids_of[whole], [False] * len(ids_of[whole])
         for turn, prompt, turn_and_before in zip(turns, map(ids_of.get, prompts), map(ids_of.get, ends), strict=True):
             if ids[: len(prompt)] != prompt:
                 raise ValueError(f"the chat template writes what precedes turn {turn + 1} otherwise once the turn is there")
-            same = next((i for i, (a, b) in enumerate(zip(ids, turn_and_before, strict=False)) if a != b), len(turn_and_before))
-            end = next((i for i in range(len(prompt), same) if ids[i] in self.stop_ids), None)
-            if end is None:
+            end = next((i for i in range(len(prompt), len(ids)) if ids[i] in self.stop_ids), None)
+            if end is None or ids[: end + 1] != turn_and_before[: end + 1]:
                 raise ValueError(f"the chat template ends turn {turn + 1} with none of the stop tokens {sorted(self.stop_ids)}")
             mask[len(prompt) : end + 1] = [True] * (end + 1 - len(prompt))
         return ids, mask

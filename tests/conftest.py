@@ -8,6 +8,7 @@ import torch
 from helpers import tiny_config, tiny_model, write_tokenizer
 
 from minilora import phi3
+from minilora.files import cache_folder
 
 # The same examples every run, so that a red test is red for everybody.
 hypothesis.settings.register_profile("minilora", deadline=None, derandomize=True, max_examples=50)
@@ -15,6 +16,15 @@ hypothesis.settings.load_profile("minilora")
 
 # The tensors are tiny: on two busy cores a second thread made test_phi3_model.py five times slower (50 s for 10 s).
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def users_cache(tmp_path_factory):
+    """The user's cache folder, for the demo's weights alone: whatever else the tests cache goes into a folder of theirs."""
+    users = cache_folder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield users
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,17 @@ from helpers import examples, tiny_config, tiny_model
 import minilora as lora
 from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.training import distributed, loop
-from minilora.training.distributed import broadcast, in_turn, joined, of_this_rank, rank, sum_gradients, summed, world_size
+from minilora.training.distributed import (
+    after_first,
+    broadcast,
+    in_turn,
+    joined,
+    of_this_rank,
+    rank,
+    sum_gradients,
+    summed,
+    world_size,
+)
 from minilora.training.recorder import Recorder
 
 DATA, HELD_OUT = examples(9), examples(12)[9:]  # 9 in batches of 4: of the last one no second process gets any
@@ -64,7 +74,10 @@ def small_laws(folder: Path):
         lora.shard_base(here)
     except ValueError as error:
         refused = str(error)
-    return [refused, gradients, here.weight.unique().tolist(), summed(1.0, rank()), of_this_rank([0, 1, 2]), of_this_rank([0])]
+    came = folder / "came"
+    found = after_first(lambda: came.exists() or came.touch())  # the first finds nothing and leaves a file to the others
+    parts = of_this_rank([0, 1, 2]), of_this_rank([0])
+    return [refused, gradients, here.weight.unique().tolist(), summed(1.0, rank()), *parts, found]
 
 
 def only_rank_0_writes(folder: Path):

@@ -1,3 +1,7 @@
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from itertools import islice
 
@@ -8,7 +12,7 @@ from hypothesis import strategies as st
 
 from minilora import phi3
 from minilora.data.conversations import SHOWN, Conversation
-from minilora.data.encoding import Example, collate, encode_conversations, shuffled_batches
+from minilora.data.encoding import CHUNK, Example, collate, encode_conversations, shuffled_batches
 from minilora.kernels.cross_entropy import IGNORE
 
 USER = {"role": "user", "content": "hi"}
@@ -95,6 +99,65 @@ def test_refused_and_too_long_ones_are_told_together_and_beyond_the_shown_ones_c
     assert "40 of 40 conversations are longer than 90 tokens" in found[1]
     assert len(found) == SHOWN + 1
     assert found[-1] == f"… and {42 - SHOWN} more"
+
+
+words = st.text(min_size=1, max_size=20) | st.sampled_from(["<|im_end|>", "<|im_start|>", "é" * 200])
+
+
+@given(talks=st.lists(st.lists(st.tuples(words, words), min_size=1, max_size=3), min_size=1, max_size=2 * CHUNK))
+def test_in_threads_results_and_faults_are_those_of_one_after_the_other(tokenizer, talks):
+    conversations, expected, faults = [], [], []
+    for number, turns in enumerate(talks, start=1):
+        messages = [{"role": r, "content": t} for turn in turns for r, t in zip(("user", "assistant"), turn, strict=True)]
+        conversations.append(Conversation(messages, f"chat.jsonl:{number}"))
+        try:
+            expected.append(Example(*tokenizer.encode_chat(messages), source=f"chat.jsonl:{number}"))
+        except ValueError as error:
+            faults.append(f"chat.jsonl:{number}: {error}")
+    if faults:
+        with pytest.raises(ValueError, match="special token") as refused:
+            encode_conversations(conversations, tokenizer, 10**9)
+        assert str(refused.value).splitlines()[:SHOWN] == faults[:SHOWN]
+    else:
+        found = encode_conversations(conversations, tokenizer, 10**9)
+        assert found == expected
+        assert [example.source for example in found] == [example.source for example in expected]
+
+
+def test_several_conversations_are_encoded_at_once_and_stay_in_their_order(tokenizer, monkeypatch):
+    conversations = [talk("hi", str(n)) for n in range(2 * CHUNK)]
+
+    class Meeting:
+        """Encodes nothing before two conversations have come; those of the first half come out last."""
+
+        def __init__(self):
+            self.all_here = threading.Barrier(2, timeout=30)
+
+        def encode_chat(self, messages):
+            self.all_here.wait()
+            if messages is conversations[CHUNK - 1].messages:
+                time.sleep(0.2)
+            return tokenizer.encode_chat(messages)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    found = encode_conversations(conversations, Meeting(), 1000)
+    assert [example.ids for example in found] == [tokenizer.encode_chat(one.messages)[0] for one in conversations]
+
+
+def test_what_is_interrupted_ends_without_the_rest(tokenizer):
+    encoded = []
+
+    class Interrupted:
+        def encode_chat(self, messages):
+            encoded.append(messages)
+            if len(encoded) == CHUNK:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1e-3)
+            return tokenizer.encode_chat(messages)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_conversations([talk("hi", str(n)) for n in range(1000 * CHUNK)], Interrupted(), 1000)
+    assert len(encoded) < 100 * CHUNK
 
 
 # Batches

@@ -13,11 +13,13 @@ from minilora.demo import weights as demo_weights
 
 
 @pytest.fixture(scope="session")
-def embedded():
-    try:
-        return demo_weights.obtain()
-    except OSError as error:
-        pytest.skip(f"the embedded weights cannot be had here: {error}")
+def embedded(users_cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINILORA_CACHE", str(users_cache))
+        try:
+            return demo_weights.obtain()
+        except OSError as error:
+            pytest.skip(f"the embedded weights cannot be had here: {error}")
 
 
 def test_the_converted_model_is_smollm2_in_the_phi3_layout(embedded):
@@ -57,13 +59,6 @@ def test_unpermuted_rows_pair_the_halves_that_llama_cpp_puts_side_by_side():
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def test_the_cache_is_where_the_environment_says(cache, monkeypatch, tmp_path):
-    assert demo_weights.cache_folder() == cache
-    monkeypatch.delenv("MINILORA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_weights.cache_folder() == tmp_path / "minilora"
 
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(cache, monkeypatch):

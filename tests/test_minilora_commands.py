@@ -121,6 +121,29 @@ def test_train_says_how_much_of_the_evaluation_is_trained_on(trained, tiny_check
     assert "\n12 of them are trained on too" in capsys.readouterr().out
 
 
+def test_data_are_tokenised_by_the_first_command_and_read_back_by_those_that_follow(
+    trained, tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
+    chat, every = trained / "chat.jsonl", ["--set", "training.assistant_only_loss=false"]
+    run("data", "stats", chat, "--model", tiny_checkpoint)
+    assert "tokenised 12 conversations in " in capsys.readouterr().out
+    settings = ["--data", chat, "--eval-data", chat, "--config", trained / "run.toml", "--output", tmp_path / "out"]
+    for command in (
+        ["data", "stats", chat, "--model", tiny_checkpoint, *every],
+        ["data", "show", chat, "--model", tiny_checkpoint],
+        ["train", "--model", tiny_checkpoint, *settings],
+        ["train", "--model", tiny_checkpoint, *settings, "--resume"],
+        ["eval", "--model", tiny_checkpoint, "--adapter", tmp_path / "out" / "adapter", "--data", chat],
+    ):
+        run(*command)
+        said = capsys.readouterr().out
+        assert f"tokens from cache {tmp_path / 'cache' / 'tokens'}" in said
+        assert "tokenised 12" not in said
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "out" / adapter).read_bytes() == (trained / "out" / adapter).read_bytes()
+
+
 def test_loss_on_every_token_when_asked(trained, tiny_checkpoint, capsys):
     learnt = []
     for wanted in ("true", "false"):

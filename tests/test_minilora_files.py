@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.files import remove_folder, remove_leftovers, replaced_folder, write_file
+from minilora.files import cache_folder, remove_folder, remove_leftovers, replaced_folder, write_file
 
 
 def mode(path: Path) -> str:
@@ -38,6 +38,16 @@ def folder(tmp_path) -> Path:
 def assert_only_the_earlier_one_is_there(folder):
     assert contents(folder.parent) == {"out/a": b"earlier", "out/sub/b": b"earlier too"}
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "ours"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "ours"
+    monkeypatch.delenv("MINILORA_CACHE")
+    assert cache_folder() == tmp_path / "minilora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "minilora"
 
 
 # write_file
@@ -179,7 +189,7 @@ def test_a_folder_is_removed_and_nothing_else(folder):
 KILLED_WRITING = """
 import os, sys
 from pathlib import Path
-from minilora.files import remove_folder, replaced_folder, write_file
+from minilora.files import cache_folder, remove_folder, replaced_folder, write_file
 
 do, target, last = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 sys.addaudithook(lambda event, _: os.kill(os.getpid(), 9) if event == last else None)

@@ -185,6 +185,25 @@ def test_the_assistant_learns_exactly_its_contents_and_end_tokens(tiny, turns):
     assert ids == tiny.encode(tiny.render(messages_of(turns)))
 
 
+def test_the_digest_is_that_of_all_that_decides_the_ids_and_the_mask(tmp_path):
+    def digest(name, template=CHATML, **settings):
+        write_tokenizer(tmp_path / name, template, **settings)
+        return phi3.load_tokenizer(tmp_path / name).digest
+
+    usual = digest("usual")
+    assert digest("same") == usual
+    assert digest("unread setting", model_max_length=7) == usual
+    others = [
+        digest("template", CHATML + " "),
+        digest("end", eos_token="<|endoftext|>"),
+        digest("text", bos_token="<|im_start|>"),
+    ]
+    changed = json.loads((tmp_path / "usual" / "tokenizer.json").read_text())
+    changed["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "usual" / "tokenizer.json").write_text(json.dumps(changed))
+    assert len({usual, *others, phi3.load_tokenizer(tmp_path / "usual").digest}) == 5
+
+
 def test_a_system_message_is_not_learnt(tiny):
     messages = [{"role": "system", "content": "Be brief."}, *HELLO, {"role": "assistant", "content": "Hi"}]
     ids, mask = tiny.encode_chat(messages)

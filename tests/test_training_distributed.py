@@ -19,7 +19,18 @@ from safetensors.torch import load_file
 import minilora as lora
 from minilora.cli import main
 from minilora.training.checkpoint import FILES, find_checkpoints
-from minilora.training.distributed import _take_gpu, in_turn, joined, largest, of_this_rank, rank, summed, title, world_size
+from minilora.training.distributed import (
+    _take_gpu,
+    after_first,
+    in_turn,
+    joined,
+    largest,
+    of_this_rank,
+    rank,
+    summed,
+    title,
+    world_size,
+)
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
@@ -86,7 +97,11 @@ def test_of_a_split_base_each_process_holds_its_part(runs):
 def test_gradients_and_values_are_summed_and_the_start_is_that_of_rank_0(runs):
     first, second = (process["returned"] for process in runs[1]["laws"])
     assert first[1:4] == second[1:4] == [[3.0, 20.0], [0.0], [2.0, 1.0]]
-    assert (first[4:], second[4:]) == ([[[0, 2], True], [[0], True]], [[[1], True], [[0], False]])
+    assert (first[4:6], second[4:6]) == ([[[0, 2], True], [[0], True]], [[[1], True], [[0], False]])
+
+
+def test_the_first_process_of_a_machine_leaves_to_the_others_what_it_made(runs):
+    assert [process["returned"][6] for process in runs[1]["laws"]] == [None, True]
 
 
 def test_the_best_adapter_is_loaded_by_one_and_given_to_all(runs):
@@ -198,7 +213,7 @@ def test_outside_a_group_there_is_one_process():
         assert (rank(), world_size(), title()) == (0, 1, "")
         assert (summed(1.0, 2.0), largest(3.0)) == ([1.0, 2.0], 3.0)
         assert of_this_rank([1, 2]) == ([1, 2], True)
-        assert in_turn(lambda: 5) == 5
+        assert in_turn(lambda: 5) == after_first(lambda: 5) == 5
 
 
 def test_one_process_splits_no_base():

@@ -19,6 +19,8 @@ def split(conversations: Sequence[Conversation], eval_share: float, seed: int) -
     """
     if not 0 <= eval_share < 1:
         raise ValueError(f"the share held out to evaluate on must lie in [0, 1), not {eval_share}")
+    if not eval_share:
+        return list(conversations), []
     sides = [], []
     for conversation in conversations:
         digest = sha256(json.dumps([seed, conversation.messages], sort_keys=True).encode()).digest()

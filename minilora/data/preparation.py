@@ -1,15 +1,16 @@
 """From the data that a command names to examples, telling on the way what was found."""
 
 import json
-import sys
 from collections.abc import Sequence
 
 from minilora.config import RunConfig
 from minilora.data.conversations import Conversation, raise_all
-from minilora.data.encoding import ChatTokenizer, Example, encode_conversations, too_long
+from minilora.data.encoding import Example, too_long
 from minilora.data.lengths import describe_lengths
 from minilora.data.mixture import draw, split
 from minilora.data.sources import parse_source, read_source
+from minilora.data.token_cache import HashedTokenizer, encode_cached
+from minilora.training.distributed import after_first
 
 
 def gather(sources: Sequence[str], seed: int, eval_share: float = 0.0) -> tuple[list[Conversation], list[Conversation]]:
@@ -37,7 +38,7 @@ def gather(sources: Sequence[str], seed: int, eval_share: float = 0.0) -> tuple[
     return gathered, held_out
 
 
-def prepare(conversations: list[Conversation], tokenizer: ChatTokenizer, run: RunConfig, drop_long: bool) -> list[Example]:
+def prepare(conversations: list[Conversation], tokenizer: HashedTokenizer, run: RunConfig, drop_long: bool) -> list[Example]:
     """The examples of conversations; their lengths are told before one that is too long is refused or left out.
 
     Raises:
@@ -46,7 +47,7 @@ def prepare(conversations: list[Conversation], tokenizer: ChatTokenizer, run: Ru
     if not conversations:
         raise ValueError("no conversation is left: raise the weights, or lower the share held out")
     limit = run.training.max_seq_length
-    examples = encode_conversations(conversations, tokenizer, sys.maxsize, assistant_only_loss=run.assistant_only_loss)
+    examples = after_first(lambda: encode_cached(conversations, tokenizer, run.assistant_only_loss))
     print(describe_lengths(examples, limit))
     if not drop_long:
         raise_all(too_long(conversations, examples, limit))

