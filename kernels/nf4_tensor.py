@@ -11,6 +11,8 @@ Source: Dettmers et al. 2023, "QLoRA", eq. 5 and 6.
 import torch
 from torch import Tensor
 
+from minilora.kernels.arithmetic import linear_dtype
+from minilora.kernels.blocks import block_rows, brought, by_column, by_row
 from minilora.kernels.nf4 import BLOCK, compress, dequantize_blocks, expand, quantize_blocks
 from minilora.kernels.scratch import scratch
 
@@ -130,51 +132,18 @@ class NF4Tensor(Tensor):
 
 
 def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, (M, K) -> (M, N), of a 4-bit W (N, K), or of its transpose; a block of rows at a time, in plain PyTorch."""
-    return _by_column(x, weight.t(), bias) if weight.transposed else _by_row(x, weight, bias)
-
-
-def block_rows(values: int, K: int) -> int:
-    """Rows of about so many values; a multiple of 64 where there are more, since products with 682 rows took 1.06 × the time
-    of products with 640 for each row."""
-    rows = max(1, values // K)
-    return rows if rows < 64 else rows // 64 * 64
-
-
-def block_values(M: int) -> int:
-    """Weights dequantised at once for M rows of x.
-
-    On one core, 3072 to 3072, products of 512 rows took 1.04 × those in float32 and the gradient of x 1.06 × by 2²², 1.03 × and
-    1.08 × by 2²¹; of 64 rows 1.20 × and 1.49 × by 2²⁰, 1.17 × and 1.42 × by 2¹⁹.
-    """
-    return 2**22 if M > 256 else 2**19
-
-
-def _by_row(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias: a block of rows of W makes columns of the result."""
-    y = x.new_empty(len(x), len(weight))
-    for rows, values in weight.row_blocks(block_values(len(x))):
-        if bias is None:
-            torch.mm(x, values.t(), out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, values.t(), out=y[:, rows])
-    return y
-
-
-def _by_column(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x W + bias: each block of rows of W adds to all of the result, in float32 or better."""
-    y = x.new_zeros(len(x), weight.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    for rows, values in weight.row_blocks(block_values(len(x))):
-        if y.dtype == x.dtype:
-            y.addmm_(x[:, rows], values)  # a third of the traffic of a product that is added afterwards
-        else:
-            y += x[:, rows] @ values
-    return (y if bias is None else y + bias).to(x.dtype)
+    """x Wᵀ + bias, (M, K) -> (M, N), of a 4-bit W (N, K), or of its transpose, in x's dtype, in plain PyTorch."""
+    if weight.transposed:
+        return by_column(x, brought(weight.t(), x.dtype, len(x)), len(weight), bias)
+    return by_row(x, brought(weight, x.dtype, len(x)), len(weight), bias)
 
 
 @torch.library.custom_op("minilora::nf4_linear", mutates_args=())
 def _linear_op(x: Tensor, parts: list[Tensor], shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
-    return linear(x, NF4Tensor(*parts, shape, x.dtype, transposed), bias)
+    dtype = linear_dtype(x)
+    weight = NF4Tensor(*parts, shape, x.dtype, transposed)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 @_linear_op.register_fake

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from minilora.config import TrainConfig
 from minilora.data import Example, shuffled_batches
+from minilora.kernels.arithmetic import product_dtype
 from minilora.kernels.cross_entropy import CHUNK, head_cross_entropy
 from minilora.kernels.nf4 import BLOCK
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -108,8 +109,8 @@ def memory(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "c
         adapter=adapter,
         gradients=adapter,
         moments=2 * adapter,
-        activations=kept(model, batch, config),
-        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False))) if heap else 0,
+        activations=kept(model, batch, config, device),
+        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False), device)) if heap else 0,
         transient=transient(model, batch),
     )
 
@@ -120,20 +121,22 @@ def _stored(weight: Tensor, four_bit: bool | None) -> int:
     return math.ceil(weight.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 if four_bit else weight.nbytes
 
 
-def kept(model: nn.Module, batch: Batch, config: TrainConfig) -> int:
+def kept(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that the layers keep for backward."""
     sizes, d = model.config, model.lm_head.weight.element_size()
+    a = product_dtype(model.lm_head.weight.dtype, torch.device(device)).itemsize  # of attention
     C, H, L, N = sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers, batch.tokens
     packed = sum(sizes.qkv_sizes.values()), sum(sizes.gate_up_sizes.values())  # (H + 2Hkv)·D, 2I
-    elements = L * (2 * C + packed[0] + H * sizes.head_dim + packed[1])
+    elements = L * (2 * C + packed[1])
+    attention = L * (packed[0] + H * sizes.head_dim)
     statistics = L * 4 * (H + 2)  # in float32: the logarithms of attention's sums, and ρ of both norms
     for path, layer in adapted_layers(model).items():
         if isinstance(layer, Linear) and layer is not model.lm_head:
-            read = 0 if path.endswith("o_proj") else layer.in_features  # what o_proj reads is attention's output, kept already
-            elements += read + layer.lora_A.shape[0]
-    mask = L * batch.length * d if config.packing else 0  # attention makes numbers of it, T for each token
-    total = elements * d + statistics + mask  # of one token
-    return N * (C * d * L + total // L if config.gradient_checkpointing else total)
+            shared = path.endswith("o_proj") and a == d  # what o_proj reads is attention's output, kept already
+            elements += (0 if shared else layer.in_features) + layer.lora_A.shape[0]
+    mask = batch.length * a if config.packing else 0  # once for all layers, T numbers for each token
+    total = elements * d + attention * a + statistics  # of one token
+    return N * (mask + (C * d * L + total // L if config.gradient_checkpointing else total))
 
 
 def transient(model: nn.Module, batch: Batch) -> int:
