@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import minilora as lora
 from minilora import phi3
 from minilora.data.encoding import collate
+from minilora.kernels import arithmetic
 from minilora.training import planning
 from minilora.training.planning import Batch
 
@@ -53,13 +54,16 @@ def bytes_saved(model, batch: Batch, masked: bool) -> int:
     targets=st.sampled_from([PROJECTIONS, PROJECTIONS[:1], PROJECTIONS[1:], ["q_proj", "v_proj", "down_proj"]]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     packing=st.booleans(),
+    multiplies=st.booleans(),
 )
-def test_the_layers_keep_what_is_foretold(rows, length, targets, dtype, packing):
+def test_the_layers_keep_what_is_foretold(rows, length, targets, dtype, packing, multiplies):
     batch, kept = Batch(rows, length, rows * (length - 1)), {}
-    for layers in (2, 3):
-        model = adapted(targets, tiny_config(num_hidden_layers=layers), dtype)
-        foretold = planning.kept(model, batch, settings_of(packing=packing))
-        kept[layers] = foretold, bytes_saved(model, batch, packing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "multiplies", lambda dtype: multiplies or dtype == torch.float32)
+        for layers in (2, 3):
+            model = adapted(targets, tiny_config(num_hidden_layers=layers), dtype)
+            foretold = planning.kept(model, batch, settings_of(packing=packing))
+            kept[layers] = foretold, bytes_saved(model, batch, packing)
     foretold, found = (three - two for two, three in zip(kept[2], kept[3], strict=True))
     assert foretold == pytest.approx(found, rel=0.03)
 

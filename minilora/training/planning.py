@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from minilora.adapters.layers import Linear, adapted_layers
 from minilora.data.encoding import Example, shuffled_batches
 from minilora.data.packing import pack
+from minilora.kernels.arithmetic import product_dtype
 from minilora.kernels.cross_entropy import chunk_rows, head_cross_entropy
 from minilora.kernels.nf4 import BLOCK
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -108,8 +109,8 @@ def memory(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "c
         adapter=adapter,
         gradients=adapter,
         moments=2 * adapter,
-        activations=kept(model, batch, config),
-        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False))) if heap else 0,
+        activations=kept(model, batch, config, device),
+        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False), device)) if heap else 0,
         transient=transient(model, batch, config, device),
     )
 
@@ -120,20 +121,22 @@ def _stored(weight: Tensor, four_bit: bool | None) -> int:
     return math.ceil(weight.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 if four_bit else weight.nbytes
 
 
-def kept(model: nn.Module, batch: Batch, config: TrainConfig) -> int:
+def kept(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that the layers keep for backward."""
     sizes, d = model.config, model.lm_head.weight.element_size()
+    a = product_dtype(model.lm_head.weight.dtype, torch.device(device)).itemsize  # of attention
     C, H, L, N = sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers, batch.tokens
     packed = sum(sizes.qkv_sizes.values()), sum(sizes.gate_up_sizes.values())  # (H + 2Hkv)·D, 2I
-    elements = L * (2 * C + packed[0] + H * sizes.head_dim + packed[1])
+    elements = L * (2 * C + packed[1])
+    attention = L * (packed[0] + H * sizes.head_dim)
     statistics = L * 4 * (H + 2)  # in float32: the logarithms of attention's sums, and ρ of both norms
     for path, layer in adapted_layers(model).items():
         if isinstance(layer, Linear) and layer is not model.lm_head:
-            read = 0 if path.endswith("o_proj") else layer.in_features  # what o_proj reads is attention's output, kept already
-            elements += read + layer.lora_A.shape[0]
-    mask = L * batch.length * d if config.packing else 0  # attention makes numbers of it, T for each token
-    total = elements * d + statistics + mask  # of one token
-    return N * (C * d * L + total // L if config.gradient_checkpointing else total)
+            shared = path.endswith("o_proj") and a == d  # what o_proj reads is attention's output, kept already
+            elements += (0 if shared else layer.in_features) + layer.lora_A.shape[0]
+    mask = batch.length * a if config.packing else 0  # once for all layers, T numbers for each token
+    total = elements * d + attention * a + statistics  # of one token
+    return N * (mask + (C * d * L + total // L if config.gradient_checkpointing else total))
 
 
 def transient(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
@@ -143,7 +146,7 @@ def transient(model: nn.Module, batch: Batch, config: TrainConfig, device: str =
     # Logits become their own gradient; where they are not in float32 a CPU has a copy that is. Beside them lies all of dX.
     logits = rows * sizes.vocab_size * (d if d == 4 or gpu else d + 4) + (batch.tokens + rows) * sizes.hidden_size * d
     if config.gradient_checkpointing:  # the head is done before the last layer is computed again
-        logits -= kept(model, batch, config) - batch.tokens * sizes.hidden_size * d * sizes.num_hidden_layers
+        logits -= kept(model, batch, config, device) - batch.tokens * sizes.hidden_size * d * sizes.num_hidden_layers
     wide = 0 if d == 4 else 2 * (4 + d)  # of each half of gate_up: a copy in float32, and the gradient rounded back
     return max(logits, batch.tokens * sizes.intermediate_size * (d + 2 * 4 + wide))
 
