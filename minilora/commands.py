@@ -70,8 +70,7 @@ def train(args: Namespace) -> None:
         print("to evaluate on:")
         held_out += gather(args.eval_data, run.training.seed)[0]
         eval_dataset = prepare(held_out, tokenizer, run, args.drop_long)
-        if not run.fsdp:  # a split base gathers its weights for whole forwards, of which generating needs parts
-            questions = lora.Questions(held_out, partial(phi3.generate_batch, tokenizer=tokenizer))
+        questions = lora.Questions(held_out, partial(phi3.generate_batch, tokenizer=tokenizer))
         print(f"{count_shared(held_out, conversations)} of them are trained on too")
     make = partial(_adapted, args, run)
     model = in_turn(make) if run.fsdp else make()

@@ -175,6 +175,7 @@ class Phi3ForCausalLM(nn.Module):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Logits of the next token at every position; or, given labels, the mean loss, without ever holding full logits.
 
@@ -185,16 +186,17 @@ class Phi3ForCausalLM(nn.Module):
                 Documents packed into one row carry the numbers 1, 2, 3, … in place of 1, each on all of its tokens: they
                 neither see nor foretell one another, and each starts at position 0.
             cache: keys and values of earlier calls; these T tokens follow them and are added.
+            logits_to_keep: only the last so many positions get logits; 0 for all.
 
         Returns:
-            (B, T, V) in the weights' dtype, or a float32 scalar.
+            (B, T, V), or (B, logits_to_keep, V), in the weights' dtype; or a float32 scalar.
 
         Raises:
             ValueError: no label asks for a loss; the cache is full, or holds keys that LongRoPE turned for a shorter sequence.
         """
         x = self.model(input_ids, attention_mask, cache)  # (B, T, C)
         if labels is None:
-            return self.lm_head(x)
+            return self.lm_head(x[:, -logits_to_keep:])
         ahead = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): the token after each
         if attention_mask is not None:
             ahead = ahead.masked_fill(attention_mask != F.pad(attention_mask[:, 1:], (0, 1)), IGNORE)  # of another document

@@ -19,7 +19,10 @@ import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
+from minilora import phi3
+from minilora.data.conversations import Conversation
 from minilora.kernels.nf4_tensor import NF4Tensor
+from minilora.phi3.generation import generate_ids
 from minilora.training import distributed, loop
 from minilora.training.distributed import (
     after_first,
@@ -35,10 +38,21 @@ from minilora.training.distributed import (
 from minilora.training.recorder import Recorder
 
 DATA, HELD_OUT = examples(9), examples(12)[9:]  # 9 in batches of 4: of the last one no second process gets any
+ASKED = [
+    Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], "")
+    for text in ("Hi", "Who?", "Why")
+]
 SETTINGS = {
     "learning_rate": 1e-2, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "save_steps": 2, "save_total_limit": 9,
-    "weight_decay": 0.1, "eval_steps": 2,
+    "weight_decay": 0.1, "eval_steps": 2, "eval_max_new_tokens": 3,
 }  # fmt: skip
+
+
+def answer(model, conversations, max_new_tokens: int) -> list[str]:
+    """Answers by bytes as tokens."""
+    prompts = [list(messages[-1]["content"].encode()) for messages in conversations]
+    steps = generate_ids(model, prompts, frozenset(), phi3.Sampling(max_new_tokens))
+    return [str(ids) for ids in zip(*steps, strict=True)]
 
 
 def train(folder: Path, resume=False, shard=False, dropout=0.0, **settings):
@@ -55,7 +69,9 @@ def train(folder: Path, resume=False, shard=False, dropout=0.0, **settings):
         kept = [parameter for module in model.lora_adapters.base.values() for parameter in module.parameters()]
         assert all(hasattr(parameter, "to_local") for parameter in kept)  # no whole weight is kept alive
         parts = sum(parameter.to_local().numel() for parameter in frozen), sum(parameter.numel() for parameter in frozen)
-    result = lora.train(model, DATA, lora.TrainConfig(**settings), HELD_OUT, folder, progress=False, resume=resume)
+    asked = lora.Questions(ASKED, answer)
+    config = lora.TrainConfig(**settings)
+    result = lora.train(model, DATA, config, HELD_OUT, folder, progress=False, resume=resume, questions=asked)
     told = {name: tensor.sum().item() for name, tensor in lora.lora_state_dict(model).items()}
     return {"log": result.log, "adapter": told, "parts": parts}
 

@@ -299,11 +299,6 @@ def test_a_key_of_another_library_is_answered_with_its_counterpart(setting, coun
         read_run_config(None, [setting])
 
 
-def test_metrics_of_answers_are_refused_where_the_base_is_split():
-    with pytest.raises(ValueError, match="eval_metrics measure answers, which a base that is split"):
-        read_run_config(None, ["training.fsdp = true", "training.eval_metrics = ['exact_match']"])
-
-
 def test_every_counterpart_that_is_named_is_a_setting():
     fields = [field.name for config in (TrainConfig, LoraConfig, RunConfig) for field in dataclasses.fields(config)]
     said = " ".join(text for table in COUNTERPARTS.values() for text in table.values())

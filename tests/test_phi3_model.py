@@ -63,6 +63,16 @@ def test_logits_equal_those_of_transformers(pair, is_token):
     assert largest_difference(logits[is_token.bool()], expected[is_token.bool()]) < 5e-6
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_as_many_of_the_last_logits_are_kept_as_by_transformers(pair, kept):
+    ours, theirs = pair
+    with torch.no_grad():
+        logits = ours(random_ids(), logits_to_keep=kept)
+        expected = theirs(random_ids(), logits_to_keep=kept).logits
+    assert logits.shape == expected.shape == (B, kept or T, 260)
+    assert largest_difference(logits, expected) < 5e-6
+
+
 @every_config
 def test_what_transformers_saves_is_loaded_and_gives_its_logits(config, tmp_path):
     fields, rope = as_transformers_has_it(dataclasses.replace(config, original_max_position_embeddings=1024))

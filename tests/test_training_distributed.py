@@ -82,6 +82,7 @@ def test_several_processes_end_as_one_does(runs, name):
     steps = [line for line in one["returned"]["log"] if "loss" in line]
     assert [line["tokens"] for line in steps][:3] == [48, 93, 102]  # the third step has one conversation of 9 tokens
     assert_same_run(place / name, place / "one")
+    assert all(len(line["samples"]) == 3 for line in one["returned"]["log"] if "eval_loss" in line)  # the same answers, too
     for process in told[name]:
         assert process["status"] == 0
         assert process["returned"]["adapter"] == told[name][0]["returned"]["adapter"]  # bit for bit on every rank
@@ -328,6 +329,5 @@ def test_two_hosts_with_a_split_base_end_as_one_process_does(tiny_checkpoint, ch
     assert "the base is split over 2 processes" in told[0]
     assert not outputs[1].exists()  # the second host wrote nothing
     assert find_checkpoints(outputs[0])
-    alone = ["training.per_device_train_batch_size=2", "training.eval_samples=0"]  # a split base answers nothing
-    assert main(command(tiny_checkpoint, chat, one, *alone)) == 0
+    assert main(command(tiny_checkpoint, chat, one, "training.per_device_train_batch_size=2")) == 0
     assert_same_run(outputs[0], one)
