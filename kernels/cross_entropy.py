@@ -186,7 +186,7 @@ def _mean_loss_of_any(head: nn.Module, labels: Tensor, x: Tensor) -> Tensor:
 def head_cross_entropy(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """The mean loss of head(x) against labels, differentiable once in x and in the head's trainable parameters.
 
-    It works under torch.compile without a graph break.
+    It works under torch.compile without a graph break; heads other than nn.Linear then multiply the ignored rows too.
 
     Args:
         head: maps (n, C) to logits (n, V); called on at most chunk_rows at a time, or not at all where it is an nn.Linear. Its
