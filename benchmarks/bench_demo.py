@@ -13,12 +13,14 @@ from minilora.demo import weights as demo_weights
 
 
 def main() -> None:
-    """One run; the weights are fetched and converted before it, so that the network is not in the figures."""
+    """One run, whose words are demo.txt; the weights are fetched and converted before, so that no network is in the figures."""
     demo_weights.obtain()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "minilora", "demo", "--output", folder], check=True)
+        command = [sys.executable, "-m", "minilora", "demo"]
+        told = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
         seconds = time.perf_counter() - started
-        summary = json.loads(Path(folder, "summary.json").read_text())
+        summary = json.loads(Path(folder, "runs", "demo", "summary.json").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    (protocol.RESULTS / "demo.txt").write_text(told, encoding="utf-8")
     protocol.write("demo", [summary | {"seconds_process": round(seconds, 1), "peak_memory_bytes": peak}])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import protocol
+from benchmarks.timing import require_cuda
 from minilora.kernels import backend
 from minilora.kernels.lora_linear import lora_linear, lora_linear_reference
 
@@ -22,8 +23,7 @@ QUANTILES = [0.2, 0.5, 0.8]
 
 def main() -> None:
     """Writes results/lora_linear.json, a row for each layer, number of tokens, rank, dropout and way."""
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks lora_linear measures GPU kernels, and torch sees no CUDA device here: run it on a machine with one")
+    require_cuda("lora_linear")
     print(f"{torch.cuda.get_device_name()}; ours: {backend.describe(torch.device('cuda'), torch.bfloat16)}")
     rows = []
     for name, (N, K) in LAYERS.items():

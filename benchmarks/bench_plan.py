@@ -78,7 +78,7 @@ def cells(row: dict) -> list[str]:
 
 def run(folder: str, case: dict) -> None:
     """Plans and takes a few steps in this process, and prints both as the last line."""
-    cross_entropy.CHUNK = planning.CHUNK = case["chunk"]
+    cross_entropy.CHUNK = case["chunk"]
     config = settings(case)
     planned, seconds = plan(folder, case, config)
     train(tiny(case), case | {"length": 32}, config)

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 
 from benchmarks import protocol
 from benchmarks.bench_lora_linear import LAYERS
-from minilora.kernels import lora_linear_triton, rms_norm, rms_norm_triton, rope, rope_triton, swiglu, swiglu_triton
+from minilora.kernels import (
+    cross_entropy,
+    cross_entropy_triton,
+    lora_linear_triton,
+    rms_norm,
+    rms_norm_triton,
+    rope,
+    rope_triton,
+    swiglu,
+    swiglu_triton,
+)
 from minilora.kernels.lora_linear import backward, forward
 from minilora.kernels.nf4 import BLOCK, GROUP
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -76,15 +86,21 @@ class Step:
         return 2 * (3 * self.x.numel() + 2 * self.weight.numel() + 2 * self.dy.numel() + M * R) + 3 * adapter
 
 
+def four_bit(N: int, K: int) -> NF4Tensor:
+    """A 4-bit weight on no device."""
+    scales = -(-N * K // BLOCK)
+    codes, scale_codes = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (N * K // 2, scales))
+    nested, offset = torch.empty(-(-scales // GROUP), device="meta"), torch.empty((), device="meta")
+    return NF4Tensor(codes, scale_codes, nested, offset, (N, K), torch.bfloat16)
+
+
 class Product:
     """Y and dX of one layer for a number of tokens, on no device, with a 16-bit or a 4-bit weight."""
 
     def __init__(self, name: str, tokens: int):
-        (N, K), scales = LAYERS[name], -(-LAYERS[name][0] * LAYERS[name][1] // BLOCK)
+        N, K = LAYERS[name]
         empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-        parts = empty(N * K // 2, dtype=torch.uint8), empty(scales, dtype=torch.uint8)
-        nested = empty(-(-scales // GROUP), dtype=torch.float32), empty(dtype=torch.float32)
-        self.four_bit, self.plain = NF4Tensor(*parts, *nested, (N, K), torch.bfloat16), empty(N, K)
+        self.four_bit, self.plain = four_bit(N, K), empty(N, K)
         self.x, self.dy, self.s = empty(tokens, K), empty(tokens, N), empty(tokens, R)
         self.lora_A, self.lora_B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
 
@@ -146,7 +162,7 @@ def roofline_nf4(name: str, tokens: int) -> dict:
 def roofline_times(traffic: Traffic) -> dict[str, float]:
     """Seconds on each GPU: of every launch its bytes or its products, whichever take longer."""
     return {
-        gpu: sum(max(flops / flop_rate, moved / byte_rate) for moved, flops in traffic.operations)
+        gpu: sum(max(flops / flop_rate, moved / byte_rate) for moved, flops, _ in traffic.operations)
         for gpu, (flop_rate, byte_rate) in PEAKS.items()
     }
 
@@ -168,7 +184,7 @@ def roofline(name: str, dropout: float) -> dict:
     return row
 
 
-C, WIDTH, HEADS, D = 3072, 8192, 32, 96  # of Phi-3-mini
+C, WIDTH, HEADS, D, V = 3072, 8192, 32, 96, 32064  # of Phi-3-mini
 
 
 def empty(*shape: int) -> torch.Tensor:
@@ -204,9 +220,19 @@ def rope_eager(qkv, cos, sin, *gradients) -> None:
     torch.autograd.backward(rope.rope_reference(qkv.requires_grad_(), cos, sin, HEADS, HEADS), gradients)
 
 
+def cross_entropy_ours(logits) -> None:
+    cross_entropy_triton.losses_and_dlogits_(logits, torch.empty(len(logits), dtype=torch.int64, device="meta"))
+
+
+def cross_entropy_eager(logits) -> None:
+    labels = torch.empty(len(logits), dtype=torch.int64, device="meta")
+    cross_entropy.cross_entropy_reference(lambda logits: logits, logits.requires_grad_(), labels).backward()
+
+
 ELEMENTWISE = {  # ours, eager PyTorch's, the tensors of both, and how many of the first one's size there and back must move
     "add_rms_norm": (norm_ours, norm_eager, [(M, C), (M, C), (C,), (M, C), (M, C)], 4 + 4),
     "swiglu": (swiglu_ours, swiglu_eager, [(M, 2 * WIDTH), (M, WIDTH)], 1.5 + 2.5),
+    "cross_entropy": (cross_entropy_ours, cross_entropy_eager, [(cross_entropy.GPU_CHUNK, V)], 2),
     "rope": (rope_ours, rope_eager, [(1, M, 3 * HEADS * D), *2 * [(1, 1, M, D // 2)], *3 * [(1, HEADS, M, D)]], 2 + 2),
 }
 

@@ -14,7 +14,8 @@ Everything is made of four steps, in PyTorch (lora_linear_torch) and in Triton (
                dX = dY W + keep ⊙ (T A)   dA = Tᵀ (keep ⊙ X)                      gemm, outer
 
 X and S are saved, and the seed of keep; no second activation of X's size, and no dense B A, ever exists. W may be a 4-bit
-NF4Tensor (nf4_tensor): gemm multiplies by what it dequantises to, and W has no gradient.
+NF4Tensor (nf4_tensor): gemm multiplies by what it dequantises to, and W has no gradient. 16-bit x on a CPU that cannot multiply
+such numbers (arithmetic) goes to float32 first, and each result is rounded once.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3; Dettmers et al. 2023, "QLoRA", eq. 5.
 """
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels import backend, lora_linear_torch
+from minilora.kernels.arithmetic import linear_dtype
 from minilora.kernels.dropout import draw_seed, drop, kept_share
 from minilora.kernels.lora_linear_torch import Slices, per_slice  # ((start, stop), …) columns of Y, ascending, disjoint
 from minilora.kernels.nf4_tensor import NF4Tensor
@@ -99,8 +101,10 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(x):
         adapter = lora_A.contiguous(), lora_B.contiguous()
-        weight = _weight(weight, parts, N, x)
-        return forward(_steps(x), x, weight, *adapter, bias, seed, scaling, dropout, _pairs(edges))
+        weight, dtype = _weight(weight, parts, N, x), linear_dtype(x)
+        bias = None if bias is None else bias.to(dtype)
+        y, s = forward(_steps(x), x.to(dtype), weight, *adapter, bias, seed, scaling, dropout, _pairs(edges))
+        return y.to(x.dtype), s.to(x.dtype)
 
 
 @_forward_op.register_fake
@@ -113,10 +117,13 @@ def _backward_op(
     dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
     scaling: float, dropout: float, edges: list[int], parts: list[Tensor], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         adapter = lora_A.contiguous(), lora_B.contiguous()
-        weight = _weight(weight, parts, dy.shape[1], x)
-        return backward(_steps(x), dy, x, s, weight, *adapter, seed, scaling, dropout, _pairs(edges), needed)
+        weight, dtype = _weight(weight, parts, dy.shape[1], x), linear_dtype(x)
+        dy, wide, s = dy.to(dtype), x.to(dtype), s.to(dtype)
+        found = backward(_steps(x), dy, wide, s, weight, *adapter, seed, scaling, dropout, _pairs(edges), needed)
+        likes = itertools.compress((x, x, lora_A, lora_B, x), needed)  # x, weight and bias share a dtype
+        return [gradient.to(like.dtype) for gradient, like in zip(found, likes, strict=True)]
 
 
 @_backward_op.register_fake

@@ -7,16 +7,15 @@
 
 P (M, N) is the wide matrix, x or dY; g counts slices of its columns, (start, stop), and _g takes those columns. U and D
 stack the slices' factors, (width of all slices, R); S and T have them side by side, (M, G·R). keep is dropout's mask, all
-ones without one; 1 / (1 − p) is part of f. Only a matrix with one slice, all of it, has a mask. W may have 4 bits (nf4_tensor).
+ones without one; 1 / (1 − p) is part of f. Only a matrix with one slice, all of it, has a mask. W may have 4 bits, or another
+dtype than X (linear).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels import nf4_tensor
 from minilora.kernels.dropout import keep
-from minilora.kernels.nf4_tensor import NF4Tensor
+from minilora.kernels.linear import product
 
 Slices = tuple[tuple[int, int], ...]
 
@@ -51,7 +50,7 @@ def gemm(
     X: Tensor, W: Tensor, S: Tensor, U: Tensor, slices: Slices, bias: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Y (M, N) in X's dtype."""
-    Y = nf4_tensor.linear(X, W, bias) if isinstance(W, NF4Tensor) else F.linear(X, W, bias)
+    Y = product(X, W, bias)
     if mask is not None:
         return Y.add_(_dropped(S @ U.to(X.dtype).T, mask))
     for (start, stop), S_g, U_g in per_slice(slices, S, U.to(X.dtype)):

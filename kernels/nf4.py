@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.kernels.scratch import scratch
+
 BLOCK = 64  # values that share a scale
 GROUP = 256  # scales that share one themselves
 CACHED = 2**18  # values dequantised at once: all that is read again stays in a core's cache
@@ -77,10 +79,12 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype,
     """(n,) values: products in float32, rounded once to dtype; written to out (n,) where there is one."""
     out = torch.empty(n, dtype=dtype, device=codes.device) if out is None else out
     pairs = PAIRS.to(codes.device).view(torch.int64).flatten()  # a byte fetches both of its values as one int64
-    fetched = pairs.new_empty(min(CACHED, n + 1) // 2)  # one room for all: fresh pages would take as long as the arithmetic
+    room = min(CACHED, n + 1) // 2
+    index, fetched = (scratch(use, room, as_, codes.device) for use, as_ in (("index", torch.int32), ("fetched", torch.int64)))
     for start in range(0, n, CACHED):
         stop = min(start + CACHED, n)
-        at = codes[start // 2 : (stop + 1) // 2].int()
+        part_codes = codes[start // 2 : (stop + 1) // 2]
+        at = index[: len(part_codes)].copy_(part_codes)
         values = torch.index_select(pairs, 0, at, out=fetched[: len(at)]).view(torch.float32)[: stop - start]
         scales, part = absmax[start // BLOCK : -(-stop // BLOCK)], out[start:stop]
         whole = len(values) // BLOCK

@@ -11,7 +11,10 @@ Source: Dettmers et al. 2023, "QLoRA", eq. 5 and 6.
 import torch
 from torch import Tensor
 
+from minilora.kernels.arithmetic import linear_dtype
+from minilora.kernels.blocks import block_rows, brought, by_column, by_row
 from minilora.kernels.nf4 import BLOCK, compress, dequantize_blocks, expand, quantize_blocks
+from minilora.kernels.scratch import scratch
 
 CHUNK = 2**21  # values quantised at once, a multiple of BLOCK
 PARTS = ("codes", "absmax_codes", "nested_absmax", "offset")
@@ -67,13 +70,12 @@ class NF4Tensor(Tensor):
     def row_blocks(self, values: int, low: int = 0, high: int | None = None):
         """Yields (rows, their values (⋯, K) in dtype) for slices of about so many values of the rows low..high, in order.
 
-        The values lie in one buffer, and are overwritten by the next: a new one each time would be fetched from the system,
-        page by page, in up to the time that dequantising takes.
+        The values lie in one buffer, and are overwritten by the next, and by those of any other weight in this thread.
         """
         N, K = self.shape
-        absmax, step = expand(*self.parts[1:]), max(1, values // K)
+        absmax, step = expand(*self.parts[1:]), block_rows(values, K)
         high = N if high is None else high
-        buffer = torch.empty(min(step, high - low) * K + 2 * BLOCK, dtype=self.dtype, device=self.device)
+        buffer = scratch("dequantised", min(step, high - low) * K + 2 * BLOCK, self.dtype, self.device)
         for start in range(low, high, step):
             stop = min(start + step, high)
             first, end = start * K // BLOCK, -(-stop * K // BLOCK)  # the blocks that these rows have a part of
@@ -130,44 +132,18 @@ class NF4Tensor(Tensor):
 
 
 def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, (M, K) -> (M, N), of a 4-bit W (N, K), or of its transpose; a block of rows at a time, in plain PyTorch."""
-    return _by_column(x, weight.t(), bias) if weight.transposed else _by_row(x, weight, bias)
-
-
-def block_values(M: int) -> int:
-    """Weights dequantised at once for M rows of x.
-
-    On one core a product of 512 rows, 3072 to 9216, took 1.08 × the float32 one by 2²¹, and 1.13 × by 2²⁰; of 64 rows
-    1.12 × by 2²¹, and 1.06 × by 2¹⁹.
-    """
-    return 2**21 if M > 256 else 2**19
-
-
-def _by_row(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias: a block of rows of W makes columns of the result."""
-    y = x.new_empty(len(x), len(weight))
-    for rows, values in weight.row_blocks(block_values(len(x))):
-        if bias is None:
-            torch.mm(x, values.t(), out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, values.t(), out=y[:, rows])
-    return y
-
-
-def _by_column(x: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x W + bias: each block of rows of W adds to all of the result, in float32 or better."""
-    y = x.new_zeros(len(x), weight.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    for rows, values in weight.row_blocks(block_values(len(x))):
-        if y.dtype == x.dtype:
-            y.addmm_(x[:, rows], values)  # a third of the traffic of a product that is added afterwards
-        else:
-            y += x[:, rows] @ values
-    return (y if bias is None else y + bias).to(x.dtype)
+    """x Wᵀ + bias, (M, K) -> (M, N), of a 4-bit W (N, K), or of its transpose, in x's dtype, in plain PyTorch."""
+    if weight.transposed:
+        return by_column(x, brought(weight.t(), x.dtype, len(x)), len(weight), bias)
+    return by_row(x, brought(weight, x.dtype, len(x)), len(weight), bias)
 
 
 @torch.library.custom_op("minilora::nf4_linear", mutates_args=())
 def _linear_op(x: Tensor, parts: list[Tensor], shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
-    return linear(x, NF4Tensor(*parts, shape, x.dtype, transposed), bias)
+    dtype = linear_dtype(x)
+    weight = NF4Tensor(*parts, shape, x.dtype, transposed)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 @_linear_op.register_fake

@@ -29,7 +29,7 @@ from minilora.data.preparation import count_shared, gather, prepare
 from minilora.data.showing import show_batch
 from minilora.extras import require_extras
 from minilora.files import remove_folder
-from minilora.kernels import backend
+from minilora.kernels import arithmetic, backend
 from minilora.reporting.report import compare_runs, report_run, write_report
 from minilora.reporting.runs import read_run
 from minilora.training.checkpoint import find_checkpoints, find_resumed
@@ -70,8 +70,7 @@ def train(args: Namespace) -> None:
         print("to evaluate on:")
         held_out += gather(args.eval_data, run.training.seed)[0]
         eval_dataset = prepare(held_out, tokenizer, run, args.drop_long)
-        if not run.fsdp:  # a split base gathers its weights for whole forwards, of which generating needs parts
-            questions = lora.Questions(held_out, partial(phi3.generate_batch, tokenizer=tokenizer))
+        questions = lora.Questions(held_out, partial(phi3.generate_batch, tokenizer=tokenizer))
         print(f"{count_shared(held_out, conversations)} of them are trained on too")
     make = partial(_adapted, args, run)
     model = in_turn(make) if run.fsdp else make()
@@ -410,7 +409,7 @@ def load_model(
     model = phi3.load(path, dtype, home or device, revision, quantize)
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
     print(f"{path}: {count_parameters(model)[1]:,} parameters in {_dtype_of(model)} on {where}")
-    if phi3.quantized_weights(model):
+    if phi3.quantized_weights(model) or dtype != torch.float32:
         print(describe_base(model))
     print(f"kernels: {backend.describe(torch.device(device), dtype)}")
     return model
@@ -437,15 +436,16 @@ def _device(device: str) -> str:
 
 
 def describe_base(model: phi3.Phi3ForCausalLM) -> str:
-    """What of a 4-bit base is 4-bit, in one line."""
-    weights = phi3.quantized_weights(model)
+    """What of a 4-bit base is 4-bit, and what products are taken in, in one line."""
+    weights, head = phi3.quantized_weights(model), model.lm_head.weight
+    products = arithmetic.describe(head.dtype, head.device)
     if not weights:
-        return f"{_dtype_of(model)} weights"
+        return f"{_dtype_of(model)} weights, {products}"
     layers = ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
     count, size = sum(weight.numel() for weight in weights.values()), sum(p.nbytes for w in weights.values() for p in w.parts)
     return (
         f"4-bit base (NF4, double quantisation): {count:,} of the parameters, in {len(weights)} weights ({layers}), take "
-        f"{size:,} bytes; products in {_dtype_of(model)}"
+        f"{size:,} bytes; {products}"
     )
 
 

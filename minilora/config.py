@@ -38,8 +38,6 @@ class RunConfig:
 
     def __post_init__(self):
         check(self, RULES)
-        if self.fsdp and self.training.eval_metrics:
-            raise BrokenSettings(["eval_metrics measure answers, which a base that is split (fsdp) does not give: leave one out"])
         compute = self.bnb_4bit_compute_dtype
         if compute and not self.load_in_4bit:
             raise BrokenSettings(["bnb_4bit_compute_dtype needs load_in_4bit = true"])

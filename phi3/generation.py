@@ -103,8 +103,8 @@ def generate_ids(
         if _outgrown(model.config, is_token):
             cache.clear()
         unread = slice(cache.length, None)
-        hidden = model.model(ids[:, unread], is_token[:, unread], cache)[:, -1]  # (B, C): only the last token's logits are needed
-        picked = pick(penalise(model.lm_head(hidden), seen, sampling.repetition_penalty), sampling, generator)
+        logits = model(ids[:, unread], attention_mask=is_token[:, unread], cache=cache, logits_to_keep=1)[:, 0]  # (B, V)
+        picked = pick(penalise(logits, seen, sampling.repetition_penalty), sampling, generator)
         seen.scatter_(1, picked[:, None], True)
         step = [id_ if run else None for id_, run in zip(picked.tolist(), running, strict=True)]
         yield step

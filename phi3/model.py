@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minilora.kernels.arithmetic import product_dtype
 from minilora.kernels.cross_entropy import IGNORE, head_cross_entropy
+from minilora.kernels.linear import Linear
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm
 from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu
@@ -18,7 +20,7 @@ from minilora.phi3.config import Phi3Config
 from minilora.phi3.rotary import rotary_tables
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(Linear):
     """A linear layer without bias whose rows stack several projections: `packed` maps each one's name to its rows, in order."""
 
     def __init__(self, in_features: int, packed: dict[str, int]):
@@ -47,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.num_key_value_heads
         self.qkv_proj = PackedLinear(config.hidden_size, config.qkv_sizes)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -57,8 +59,9 @@ class Attention(nn.Module):
         causal = mask is None
         if T == 1:  # a branch, since torch.compile may hold T as a symbol, and T > 1 would be one
             causal = False  # one new token sees all
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        wide = (tensor.to(product_dtype(x.dtype, x.device)) for tensor in (q, k, v))  # SDPA has no such care of its own
+        y = F.scaled_dot_product_attention(*wide, mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -67,7 +70,7 @@ class MLP(nn.Module):
     def __init__(self, config: Phi3Config):
         super().__init__()
         self.gate_up_proj = PackedLinear(config.hidden_size, config.gate_up_sizes)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
@@ -108,7 +111,7 @@ class Phi3Model(nn.Module):
             documents = cache.extend(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
             attention_mask = None if (documents == 1).all() else documents  # (B, all so far)
         x, delta = self.embed_tokens(input_ids), None  # (B, T, C)
-        positions, lengths, mask = self._layout(input_ids, attention_mask, cache)
+        positions, lengths, mask = self._layout(input_ids, attention_mask, cache, product_dtype(x.dtype, x.device))
         rotary = rotary_tables(self.config, positions, lengths, x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -118,9 +121,10 @@ class Phi3Model(nn.Module):
                 x, delta = layer(x, delta, rotary, mask, cache)
         return self.norm(x, delta)[1]
 
-    def _layout(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None):
+    def _layout(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype):
         """Where every token stands in its document: positions (B or 1, T), the documents' lengths so far (B or 1, T or 1),
-        and the mask (B or 1, 1, T, keys); None for plain causal."""
+        and the mask (B or 1, 1, T, keys) to add to the scores, 0 or −∞ in dtype, since SDPA would make a boolean one such
+        in every layer; None for plain causal."""
         T, device = input_ids.shape[1], input_ids.device
         keys = T if cache is None else cache.length
         column = torch.arange(keys, device=device)
@@ -135,7 +139,8 @@ class Phi3Model(nn.Module):
             distance = query[:, None] - column  # (T, keys)
             positions = (same & (distance >= 0)).sum(dim=-1) - 1
             lengths, cached = same.sum(dim=-1), same[..., : keys - T].sum(dim=-1)
-            mask = (same & (distance >= 0) & (distance < (window or keys)))[:, None]
+            seen = same & (distance >= 0) & (distance < (window or keys))
+            mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
         self._check_one_table(cached, lengths)
         return positions, lengths, mask
 
@@ -156,7 +161,7 @@ class Phi3ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Phi3Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -170,6 +175,7 @@ class Phi3ForCausalLM(nn.Module):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Logits of the next token at every position; or, given labels, the mean loss, without ever holding full logits.
 
@@ -180,16 +186,17 @@ class Phi3ForCausalLM(nn.Module):
                 Documents packed into one row carry the numbers 1, 2, 3, … in place of 1, each on all of its tokens: they
                 neither see nor foretell one another, and each starts at position 0.
             cache: keys and values of earlier calls; these T tokens follow them and are added.
+            logits_to_keep: only the last so many positions get logits; 0 for all.
 
         Returns:
-            (B, T, V) in the weights' dtype, or a float32 scalar.
+            (B, T, V), or (B, logits_to_keep, V), in the weights' dtype; or a float32 scalar.
 
         Raises:
             ValueError: no label asks for a loss; the cache is full, or holds keys that LongRoPE turned for a shorter sequence.
         """
         x = self.model(input_ids, attention_mask, cache)  # (B, T, C)
         if labels is None:
-            return self.lm_head(x)
+            return self.lm_head(x[:, -logits_to_keep:])
         ahead = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): the token after each
         if attention_mask is not None:
             ahead = ahead.masked_fill(attention_mask != F.pad(attention_mask[:, 1:], (0, 1)), IGNORE)  # of another document

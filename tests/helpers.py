@@ -8,6 +8,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.data.encoding import Example
@@ -57,6 +58,32 @@ class Multiplications(TorchDispatchMode):
             a, b = args[-2:]  # (…, m, k), (…, k, n)
             self.count += a.numel() * b.shape[-1]
         return function(*args, **kwargs or {})
+
+
+def profiled(run, **what):
+    """The profile of a call: what torch runs within operations of our own too, which no dispatch mode sees."""
+    with profile(activities=[ProfilerActivity.CPU], **what) as found:
+        run()
+    return found
+
+
+def multiplications(run) -> int:
+    """Of all matrix products of a call."""
+    first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # where the two factors begin, (m, k) and (k, n)
+    events = [event for event in profiled(run, record_shapes=True).events() if event.name in first]
+    factors = [event.input_shapes[first[event.name] :][:2] for event in events]
+    return sum(m * k * n for (m, k), (_, n) in factors)
+
+
+def peak_bytes(run) -> int:
+    """All that torch allocates in a call, at its most."""
+    now = most = 0
+    events = profiled(run, profile_memory=True).profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def tiny_config(**fields) -> Phi3Config:

@@ -7,6 +7,7 @@ time, or, by an audit hook, just before a random one of its accesses to the disk
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -87,12 +88,14 @@ def main(place: Path) -> None:
     told = []
     for number, end in enumerate(ends):
         folder = place / str(number)
-        killed = not run(folder, **end)
+        while run(folder, **end):  # it came to its end before: the machine is quicker than it was
+            shutil.rmtree(folder)
+            end = {name: type(value)(value * chance.random()) for name, value in end.items()}
         resumed = bool(find_checkpoints(folder))
         assert run(folder)
         found = outcome(folder)
         same = [one == other for one, other in zip(found, expected, strict=True)]
-        told.append(end | {"killed": killed, "resumed": resumed, "same": same})
+        told.append(end | {"resumed": resumed, "same": same})
     print(json.dumps(told))
 
 

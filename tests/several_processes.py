@@ -9,15 +9,21 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from helpers import examples, tiny_config, tiny_model
 
 import minilora as lora
+from minilora import phi3
+from minilora.data.conversations import Conversation
 from minilora.kernels.nf4_tensor import NF4Tensor
-from minilora.training import loop
+from minilora.phi3.generation import generate_ids
+from minilora.training import distributed, loop
 from minilora.training.distributed import (
     after_first,
     broadcast,
@@ -32,10 +38,21 @@ from minilora.training.distributed import (
 from minilora.training.recorder import Recorder
 
 DATA, HELD_OUT = examples(9), examples(12)[9:]  # 9 in batches of 4: of the last one no second process gets any
+ASKED = [
+    Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], "")
+    for text in ("Hi", "Who?", "Why")
+]
 SETTINGS = {
     "learning_rate": 1e-2, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "save_steps": 2, "save_total_limit": 9,
-    "weight_decay": 0.1, "eval_steps": 2,
+    "weight_decay": 0.1, "eval_steps": 2, "eval_max_new_tokens": 3,
 }  # fmt: skip
+
+
+def answer(model, conversations, max_new_tokens: int) -> list[str]:
+    """Answers by bytes as tokens."""
+    prompts = [list(messages[-1]["content"].encode()) for messages in conversations]
+    steps = generate_ids(model, prompts, frozenset(), phi3.Sampling(max_new_tokens))
+    return [str(ids) for ids in zip(*steps, strict=True)]
 
 
 def train(folder: Path, resume=False, shard=False, dropout=0.0, **settings):
@@ -52,7 +69,9 @@ def train(folder: Path, resume=False, shard=False, dropout=0.0, **settings):
         kept = [parameter for module in model.lora_adapters.base.values() for parameter in module.parameters()]
         assert all(hasattr(parameter, "to_local") for parameter in kept)  # no whole weight is kept alive
         parts = sum(parameter.to_local().numel() for parameter in frozen), sum(parameter.numel() for parameter in frozen)
-    result = lora.train(model, DATA, lora.TrainConfig(**settings), HELD_OUT, folder, progress=False, resume=resume)
+    asked = lora.Questions(ASKED, answer)
+    config = lora.TrainConfig(**settings)
+    result = lora.train(model, DATA, config, HELD_OUT, folder, progress=False, resume=resume, questions=asked)
     told = {name: tensor.sum().item() for name, tensor in lora.lora_state_dict(model).items()}
     return {"log": result.log, "adapter": told, "parts": parts}
 
@@ -94,25 +113,38 @@ def only_rank_0_writes(folder: Path):
 
 def dies(folder: Path):
     """Rank 1 is killed in the fourth step, after the checkpoint of the second."""
-    kill_in_step(4, signal.SIGKILL)
+    in_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return train(folder)
+
+
+def hangs(folder: Path):
+    """Rank 1 does nothing in the fourth step until rank 0 has ended."""
+    told = folder.parent / f"{folder.name}.0.json"
+
+    def wait() -> None:
+        while not told.exists():
+            time.sleep(0.1)
+
+    in_step(4, wait)
     return train(folder)
 
 
 def is_asked_to_end(folder: Path):
     """Rank 1 alone gets SIGTERM, in the third step."""
-    kill_in_step(3, signal.SIGTERM)
+    in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     return train(folder)
 
 
-def kill_in_step(step: int, number: signal.Signals) -> None:
-    evaluated = Recorder.step
+def in_step(step: int, act: Callable[[], None]) -> None:
+    """Rank 1 does that before it notes the step."""
+    noted = Recorder.step
 
-    def killed(self, line, *arguments, **named):
+    def acts(self, line, *arguments, **named):
         if line["step"] == step and rank() == 1:
-            os.kill(os.getpid(), number)
-        return evaluated(self, line, *arguments, **named)
+            act()
+        return noted(self, line, *arguments, **named)
 
-    Recorder.step = killed
+    Recorder.step = acts
 
 
 def is_infinite(folder: Path):
@@ -144,7 +176,9 @@ def run(folder: Path, size: int, scenario, **settings) -> list[dict]:
             told = folder.parent / f"{folder.name}.{number}.json"
             try:
                 with joined():
-                    told.write_text(json.dumps({"returned": scenario(folder, **settings)}))
+                    returned = scenario(folder, **settings)
+                threads = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+                told.write_text(json.dumps({"returned": returned, "threads": threads}))
             except BaseException as error:
                 told.write_text(json.dumps({"raised": [type(error).__name__, str(error), traceback.format_exc()]}))
                 os._exit(1)
@@ -182,6 +216,8 @@ def main(place: Path) -> None:
     ):
         shutil.copytree(place / source / "checkpoint-2", place / name / "checkpoint-2")
         told[name] = run(place / name, size, train, resume=True, **settings)
+    distributed.TIMEOUT = timedelta(seconds=5)
+    told["hangs"] = run(place / "hangs", 2, hangs)
     (place / "told.json").write_text(json.dumps(told))
 
 

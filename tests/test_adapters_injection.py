@@ -466,6 +466,17 @@ def test_models_compile_without_a_break(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("targets", [["qkv_proj", "down_proj"], ["qkv_proj", "lm_head"]], ids=["frozen head", "adapted head"])
+def test_the_whole_step_compiles_without_a_break_from_ids_to_loss(targets):
+    model = filled(lora.inject(tiny_model(tiny_config(num_hidden_layers=1)), lora.LoraConfig(r=2, target_modules=targets)))
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.randint(250, (2, 12))
+    labels = torch.where(torch.rand(2, 12) < 0.4, -100, ids)
+    losses = model(ids, labels=labels), torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=labels)
+    expected, found = ([loss, *torch.autograd.grad(loss, factors)] for loss in losses)
+    assert all(rms_error(actual, eager) < 2e-6 for actual, eager in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ["our phi3", "phi3 of transformers"])
 def test_models_learn_under_autocast(name):
     """A float32 base computes in bfloat16, and the gradients of its float32 adapters stay float32."""

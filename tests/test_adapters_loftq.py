@@ -12,6 +12,7 @@ from torch import nn
 
 import minilora as lora
 from minilora import phi3
+from minilora.adapters.layers import adapted_layers
 from minilora.adapters.loftq import start_by_loftq
 from minilora.kernels.nf4_tensor import NF4Tensor
 
@@ -63,7 +64,7 @@ def test_the_start_is_pefts(iterations, use_rslora):
 
 
 def distances(checkpoint, model) -> list[float]:
-    layers, original = lora.layers.adapted_layers(model), phi3.Checkpoint(checkpoint).tensor
+    layers, original = adapted_layers(model), phi3.Checkpoint(checkpoint).tensor
     found = []
     for path, layer in layers.items():
         weight = layer.weight.dequantize()

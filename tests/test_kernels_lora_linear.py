@@ -8,10 +8,10 @@ import torch
 from helpers import Multiplications, rms_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, cases, usual_case
+from lora_linear_cases import TENSORS, TOLERANCE, assert_equals_reference, cases, tensors_of, usual_case
 from torch.utils.checkpoint import checkpoint
 
-from minilora.kernels import lora_linear_torch
+from minilora.kernels import arithmetic, blocks, lora_linear_torch
 from minilora.kernels.dropout import draw_seed
 from minilora.kernels.lora_linear import backward, forward, lora_linear, lora_linear_reference
 
@@ -43,10 +43,32 @@ def test_value_and_every_gradient_equal_the_reference_for_any_shape(case):
     assert_equals_reference(case)
 
 
+@pytest.mark.parametrize("multiplies", [True, False], ids=["16-bit arithmetic", "none"])
 @settings(max_examples=25)
-@given(ROUNDED)
-def test_value_and_every_gradient_stay_within_rounding_of_the_float64_reference(case):
-    assert_equals_reference(case)
+@given(case=ROUNDED)
+def test_value_and_every_gradient_stay_within_rounding_of_the_float64_reference(multiplies, case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "multiplies", lambda dtype: multiplies or dtype.itemsize > 2)
+        patch.setattr(blocks, "block_values", lambda M: 100)
+        assert_equals_reference(case)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_16_bit_arithmetic_every_product_is_in_float32(monkeypatch, dropout):
+    monkeypatch.setattr(arithmetic, "multiplies", lambda dtype: False)
+    inputs, dy, _ = tensors_of(8, 32, 24, 4, dtype=torch.bfloat16)
+    dtypes = []
+
+    def noted(step):
+        return lambda P, *others: (dtypes.append(P.dtype), step(P, *others))[1]
+
+    for name in ("down", "outer"):
+        monkeypatch.setattr(lora_linear_torch, name, noted(getattr(lora_linear_torch, name)))
+    monkeypatch.setattr(lora_linear_torch, "product", noted(lora_linear_torch.product))
+    x, weight, lora_A, lora_B, _ = (None if tensor is None else tensor.requires_grad_() for tensor in inputs)
+    lora_linear(x, weight.requires_grad_(False), lora_A, lora_B, 1.5, None, dropout).backward(dy)
+    assert dtypes == [torch.float32] * len(dtypes)
+    assert len(dtypes) == 6
 
 
 def test_the_measure_rejects_zeros_and_nan():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from minilora.adapters.layers import Linear
-from minilora.kernels import lora_linear_torch, nf4_tensor
+from minilora.kernels import blocks, lora_linear_torch, nf4_tensor
 from minilora.kernels.dropout import draw_seed
 from minilora.kernels.lora_linear import backward, forward, lora_linear, lora_linear_reference
 from minilora.kernels.nf4 import compress, dequantize_blocks, expand, quantize_blocks
@@ -27,7 +27,7 @@ matrices = st.tuples(st.integers(1, 40), st.integers(1, 70))
 @pytest.fixture(autouse=True)
 def blocks_of_few_rows(monkeypatch):
     """The tests' weights are tiny: in blocks of their true size each would be one."""
-    monkeypatch.setattr(nf4_tensor, "block_values", lambda M: 100)
+    monkeypatch.setattr(blocks, "block_values", lambda M: 100)
 
 
 def random_weight(N=11, K=7, dtype=torch.float32):

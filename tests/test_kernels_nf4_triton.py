@@ -360,7 +360,7 @@ def test_the_way_that_is_chosen_for_few_tokens_moves_an_eighth_of_the_bytes(laye
         with counting(90) as traffic:
             lora_linear_triton.gemm(x, weight, update, lora_B, slices)
         moved[inside] = traffic.total
-        assert sum(flops for _, flops in traffic.operations) == 2 * 32 * N * (K + 16)
+        assert sum(operation.flops for operation in traffic.operations) == 2 * 32 * N * (K + 16)
     assert moved[False] - moved[True] == 4 * N * K  # the buffer, written and read
     expanding = scales + scales // 256 * 4 + 4 + 256 * 4 + 4 * scales
     assert moved[True] == expanding + N * K // 2 + 4 * scales + 2 * 32 * (N + K + 16) + 4 * 16 * N

@@ -17,6 +17,7 @@ from minilora.cli import main
 from minilora.commands import PROBE
 from minilora.config import read_run_config
 from minilora.data.encoding import shuffled_batches
+from minilora.kernels import arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +462,7 @@ def test_adapters_take_the_models_dtype_when_asked(trained, tiny_checkpoint, tmp
     run(*argv, "--output", tmp_path / "b", "--set", "training.bf16=true")
     said = capsys.readouterr().out
     assert "parameters in bfloat16 on cpu" in said
+    assert f"bfloat16 weights, {arithmetic.describe(torch.bfloat16, torch.device('cpu'))}" in said
     assert "in float32: " in said
 
 
@@ -579,7 +581,7 @@ def test_the_settings_of_the_qlora_notebook_run(tiny_checkpoint, trained, tmp_pa
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "4-bit base (NF4, double quantisation)" in said
-    assert "products in bfloat16" in said
+    assert arithmetic.describe(torch.bfloat16, torch.device("cpu")) in said
     assert "r 16, alpha 16, dropout 0.05 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in float32" in said
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
     settings = read_run_config(config)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from helpers import as_transformers_has_it, largest_difference, load_in_transformers, rms_error, tiny_config, tiny_model
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from minilora import phi3
+from minilora.kernels import arithmetic
 from minilora.phi3.cache import KVCache
 from minilora.phi3.config import LongRope
 from minilora.phi3.generation import generate_ids
@@ -59,6 +61,16 @@ def test_logits_equal_those_of_transformers(pair, is_token):
         expected = theirs(ids, attention_mask=is_token).logits
     assert logits.shape == (B, T, 260)
     assert largest_difference(logits[is_token.bool()], expected[is_token.bool()]) < 5e-6
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_as_many_of_the_last_logits_are_kept_as_by_transformers(pair, kept):
+    ours, theirs = pair
+    with torch.no_grad():
+        logits = ours(random_ids(), logits_to_keep=kept)
+        expected = theirs(random_ids(), logits_to_keep=kept).logits
+    assert logits.shape == expected.shape == (B, kept or T, 260)
+    assert largest_difference(logits, expected) < 5e-6
 
 
 @every_config
@@ -149,6 +161,40 @@ def test_a_cached_run_in_any_steps_equals_one_pass(config, is_token, steps):
         pieces = zip(ids.split(steps, dim=1), is_token.split(steps, dim=1), strict=True)
         logits = torch.cat([model(piece, attention_mask=mask, cache=cache) for piece, mask in pieces], dim=1)
     assert largest_difference(logits[is_token.bool()], expected[is_token.bool()]) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_mask_is_made_once_for_all_layers_in_the_dtype_that_attention_takes(monkeypatch, dtype, multiplies):
+    monkeypatch.setattr(arithmetic, "multiplies", lambda dtype: multiplies or dtype == torch.float32)
+    taken, sdpa = [], F.scaled_dot_product_attention
+
+    def attention(q, k, v, mask, **settings):
+        taken.append((q.dtype, mask))
+        boolean = sdpa(q, k, v, mask == 0, **settings)
+        assert torch.equal(sdpa(q, k, v, mask, **settings), boolean)
+        return boolean
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model = tiny_model(tiny_config(num_hidden_layers=3, sliding_window=5)).to(dtype)
+    with torch.no_grad():
+        model(random_ids(), attention_mask=LEFT)
+    expected = dtype if multiplies else torch.float32
+    assert [q for q, _ in taken] == [mask.dtype for _, mask in taken] == [expected] * 3
+    assert len({mask.data_ptr() for _, mask in taken}) == 1
+    assert not any(mask.isnan().any() for _, mask in taken)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_and_gradients_in_16_bits_are_near_those_in_float32_without_16_bit_arithmetic(monkeypatch, dtype):
+    monkeypatch.setattr(arithmetic, "multiplies", lambda of: of == torch.float32)
+    ids, found = random_ids(), []
+    for as_ in (dtype, torch.float32):
+        model = tiny_model(tiny_config()).to(dtype).to(as_)
+        loss = model(ids, labels=ids, attention_mask=LEFT)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for half, whole in zip(*found, strict=True):
+        assert rms_error(half, whole) < (0.03 if dtype == torch.bfloat16 else 0.004)
 
 
 def test_without_a_mask_every_cached_token_counts():
@@ -335,11 +381,9 @@ def test_a_training_step_compiles_without_a_break(dynamic, checkpointing):
     model.model.gradient_checkpointing = checkpointing
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def loss_of(ids):
-        return torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-    loss = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")(ids)
-    found, expected = torch.autograd.grad(loss, wanted), torch.autograd.grad(loss_of(ids), wanted)
+    labels = torch.where(random_ids(seed=3) > 100, ids, -100)
+    loss = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")(ids, labels=labels)
+    found, expected = torch.autograd.grad(loss, wanted), torch.autograd.grad(model(ids, labels=labels), wanted)
     assert all(rms_error(one, other) < 2e-6 for one, other in zip(found, expected, strict=True))
 
 

@@ -11,7 +11,7 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("lr_scheduler_type", "constant", "must be one of cosine, linear, not 'constant'"),
+        ("lr_scheduler_type", "step", "must be one of cosine, linear, constant, constant_with_warmup, not 'step'"),
         ("learning_rate", 0.0, "must be positive, not 0.0"),
         ("learning_rate", -1e-4, "must be positive, not -0.0001"),
         ("learning_rate", INF, "must be positive, not inf"),

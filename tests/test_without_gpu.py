@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from without_gpu import MemoryFault, compiling, counting, interpreting
+
+from minilora.kernels.swiglu import swiglu
 
 
 @triton.jit
@@ -94,7 +97,50 @@ def test_triton_is_left_as_it_was():
 def test_torchs_own_operations_are_counted_by_their_tensors():
     a, b = torch.empty(4, 8, device="meta"), torch.empty(8, 2, device="meta")
     with counting(90) as traffic:
-        a @ b
+        a.view(2, 2, 8) @ b  # as one matrix, whose result is a view of another shape
         torch.t(a)  # a view moves nothing
         b.copy_(b)  # read once, and written once
-    assert traffic.operations == [(4 * (32 + 16 + 8), 2 * 4 * 8 * 2), (4 * (16 + 16), 0)]
+    assert traffic.operations == [(4 * (32 + 16 + 8), 2 * 4 * 8 * 2, "mm"), (4 * (16 + 16), 0, "copy_")]
+
+
+def test_our_own_operations_are_counted_by_what_they_launch():
+    packed = torch.empty(4, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with counting(90) as traffic:
+        y = swiglu(packed)
+    assert traffic.operations == [(2 * (4 * 16 + 4 * 8), 0, "swiglu_kernel")]
+    assert y.grad_fn is not None
+
+
+def test_attention_is_counted_as_flash_attention():
+    q, k, v = (torch.empty(1, 2, 64, 32, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in "qkv")
+    with counting(90) as traffic:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q.detach())
+    forward, backward = (operation for operation in traffic.operations if operation.flops)
+    assert (forward.flops, backward.flops) == (2 * 2 * 64 * 64 * 32, 5 * 2 * 64 * 64 * 32)
+    assert 4 * q.nbytes < forward.bytes < 4.2 * q.nbytes  # and the logarithms of its sums
+    assert 8 * q.nbytes < backward.bytes < 8.2 * q.nbytes
+    with counting(90), pytest.raises(AssertionError, match="only plain causal attention is counted"):
+        F.scaled_dot_product_attention(q, k, v)
+
+
+def test_of_a_table_only_what_is_picked_is_read():
+    table, ids = torch.empty(1000, 8, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    with counting(90) as traffic:
+        F.embedding(ids, table)
+    assert traffic.operations == [(2 * 4 * 3 * 8, 0, "embedding")]
+
+
+def test_lists_of_tensors_are_read_and_written_by_one_launch():
+    ours, theirs = ([torch.empty(10, device="meta") for _ in range(3)] for _ in range(2))
+    with counting(90) as traffic:
+        torch._foreach_add_(ours, theirs)
+    assert traffic.operations == [(3 * 3 * 40, 0, "_foreach_add_")]
+
+
+def test_what_has_no_values_answers_with_yes_and_a_mask_picks_all():
+    x = torch.empty(6, 2, device="meta")
+    with counting(90) as traffic:
+        mask = x[:, 0] > 0
+        assert mask.any()
+        assert x[mask].shape == (6, 2)
+    assert [operation.kernel for operation in traffic.operations] == ["gt", "any", "clone"]

@@ -20,13 +20,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import triton
 import triton.compiler.code_generator  # before anything is interpreted: it copies functions that the interpreter replaces
 import triton.language as tl
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
@@ -83,9 +86,11 @@ class Launch:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By argument, of reading and writing together."""
-        sectors = {name: [*self.read[name], *self.written[name]] for name in self.read.keys() | self.written.keys()}
-        return {name: SECTOR * len(np.unique(np.concatenate(parts))) for name, parts in sectors.items()}
+        """By argument, each sector once for reading and once for writing."""
+        moved = Counter()
+        for sectors in (self.read, self.written):
+            moved.update({name: SECTOR * len(np.unique(np.concatenate(parts))) for name, parts in sectors.items()})
+        return dict(moved)
 
 
 class _Memory:
@@ -351,16 +356,30 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
 # ── count ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Operation(NamedTuple):
+    """A launch."""
+
+    bytes: int
+    flops: int  # of matrix products
+    kernel: str  # a Triton kernel's name, which ends in _kernel, or that of torch's operation
+
+
+NO_LAUNCH = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view")  # beside what is marked as a view
+READS = {"embedding": 1, "nll_loss_forward": 1, "nll_loss_backward": 0}  # of what they write; they take a table, or its shape
+IN_PLACE = {"cross_entropy_kernel": "Z"}  # arguments that a kernel reads and overwrites
+
+
 class Traffic(TorchDispatchMode):
     """Sums what operations on meta tensors would move and multiply, Triton launches and torch's own alike.
 
     Each launch and each torch operation reads its tensors once and writes its results once: within one, caches serve every
-    further use; from one to the next, they remember nothing.
+    further use; from one to the next, they remember nothing. Our own operations launch what they would on a GPU. Tensors without
+    values answer every question with yes, and a mask picks all rows.
     """
 
     def __init__(self):
         super().__init__()
-        self.operations: list[tuple[int, int]] = []  # (bytes, operations of matrix products) of each
+        self.operations: list[Operation] = []
         self.bytes = Counter()  # by operation's name
         self.partial = 0  # bytes of partial sums, (count, …), written by launches and read again to be added
 
@@ -369,25 +388,45 @@ class Traffic(TorchDispatchMode):
         return sum(self.bytes.values())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
         name = function.overloadpacket.__name__
-        if not function.is_view and not name.startswith(("empty", "new_empty", "detach")):
-            read = args[1:] if name == "copy_" else args  # what it is copied over is not read
-            inputs = [t for t in tree_leaves((read, kwargs)) if isinstance(t, torch.Tensor)]
-            results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-            if name in ("sum", "_to_copy"):  # the second rounds what the first has added, and reads what that wrote
-                self.partial += sum(map(_own_bytes, inputs)) * (1 if name == "sum" else 2)
-            product = name in ("mm", "addmm")
-            flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if product else 0
-            self._add(name, [*inputs, *results], flops)
+        if function.namespace == "minilora":
+            with self:
+                return OPDEFS[function._schema.name]._init_fn(*args, **kwargs or {})
+        if name == "_local_scalar_dense" and args[0].is_meta:
+            return True
+        if name == "index" and args[1][0].dtype == torch.bool:
+            return self.__torch_dispatch__(torch.ops.aten.clone.default, types, args[:1])
+        out = function(*args, **kwargs or {})
+        if not function.is_view and not name.startswith(NO_LAUNCH):
+            self._count(name, args, kwargs, out)
         return out
+
+    def _count(self, name: str, args, kwargs, out) -> None:
+        """Counts one of torch's own operations."""
+        read = args[1:] if name == "copy_" else args  # what it is copied over is not read
+        inputs = [t for t in tree_leaves((read, kwargs)) if isinstance(t, torch.Tensor)]
+        written = args[0] if name.startswith("_foreach") and name.endswith("_") else out
+        results = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
+        if name in ("sum", "_to_copy"):  # the second rounds what the first has added, and reads what that wrote
+            self.partial += sum(map(_own_bytes, inputs)) * (1 if name == "sum" else 2)
+        flops = 0
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1]
+        elif name.startswith("_scaled_dot_product_flash_attention"):
+            # Q Kᵀ and P V; backward makes Q Kᵀ again, and dP, dQ, dK and dV. Half of each, which is causal.
+            query, key = inputs[-3:-1] if len(inputs) == 3 else inputs[1:3]
+            flops = (2 if len(inputs) == 3 else 5) * query.numel() * key.shape[-2]
+        inputs = READS[name] * results if name in READS else inputs
+        if inputs or results:
+            self.add(name, [*inputs, *results], flops)
 
     def launch(self, kernel: JITFunction, arguments: dict) -> None:
         """Counts a Triton launch: the products of its equation, without what tiles pad."""
         tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
         if "SLICES" in arguments:
             self.partial += sum(_own_bytes(t) for t in tensors.values() if t.ndim == 3 and len(t) > 1)
-        self._add(kernel.fn.__name__, tensors.values(), self._products(tensors, arguments))
+        overwritten = [t for name, t in tensors.items() if name == IN_PLACE.get(kernel.fn.__name__)]
+        self.add(kernel.fn.__name__, [*tensors.values(), *overwritten], self._products(tensors, arguments))
 
     @staticmethod
     def _products(tensors: dict, arguments: dict) -> int:
@@ -399,10 +438,10 @@ class Traffic(TorchDispatchMode):
         frozen = wide.numel() * arguments["N"] if "X" in tensors else 0
         return 2 * (frozen + update * (2 if "T" in tensors else 1))
 
-    def _add(self, name: str, tensors, flops: int) -> None:
+    def add(self, name: str, tensors, flops: int = 0) -> None:
         moved = sum(map(_own_bytes, tensors))
         self.bytes[name] += moved
-        self.operations.append((moved, flops))
+        self.operations.append(Operation(moved, flops, name))
 
 
 def _own_bytes(t: torch.Tensor) -> int:
@@ -412,13 +451,24 @@ def _own_bytes(t: torch.Tensor) -> int:
 
 @contextmanager
 def counting(arch: int) -> Iterator[Traffic]:
-    """Counts what host functions, called on meta tensors, would move on sm_<arch>; nothing is compiled or run."""
+    """Counts what functions, called on meta tensors, would launch and move on sm_<arch>; nothing is compiled or run."""
 
     def count_only(kernel, *args, grid, warmup, **kwargs):
         traffic.launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
 
-    with _standing_in(arch), mock.patch.object(JITFunction, "run", count_only), Traffic() as traffic:
-        yield traffic
+    with ExitStack() as stack:
+        stack.enter_context(_standing_in(arch))
+        stack.enter_context(mock.patch.object(backend, "_obstacle_of", return_value=""))
+        stack.enter_context(mock.patch.object(JITFunction, "run", count_only))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash_attention))
+        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))  # it knows no meta device
+        yield (traffic := stack.enter_context(Traffic()))
+
+
+def _flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """What scaled_dot_product_attention launches on a GPU for a causal sequence without a mask."""
+    assert (attn_mask, is_causal, enable_gqa) == (None, True, False), "only plain causal attention is counted"
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
 
 
 # ── mutate ───────────────────────────────────────────────────────────────────────────────────────────────────────────

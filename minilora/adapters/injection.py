@@ -22,10 +22,11 @@ from minilora.adapters.matching import hits, meant, saved_whole
 from minilora.adapters.offset import STARTS, OffsetLinear
 from minilora.adapters.switching import Adapter, adapters_of, add_adapter, place, placed
 from minilora.adapters.tying import faults_of_tying, followers, with_shared_adapters
+from minilora.kernels.linear import Linear as PlainLinear
 from minilora.kernels.lora_linear import Slices
 from minilora.kernels.nf4_tensor import NF4Tensor
 
-KINDS = {nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
+KINDS = {PlainLinear: Linear, nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
 def _fits_kind(module: nn.Module, config: LoraConfig) -> bool:
     """Whether a module is a layer of a kind that the targets may be of."""
     kind = plain_kind(module)
-    return kind is nn.Linear or (kind is not None and config.target_modules != "all-linear")
+    return KINDS.get(kind) is Linear or (kind is not None and config.target_modules != "all-linear")
 
 
 def _meant_whole(model: nn.Module, config: LoraConfig) -> set[str]:

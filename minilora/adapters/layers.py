@@ -14,10 +14,10 @@ import math
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.adapters.config import scaling
+from minilora.kernels.linear import linear
 from minilora.kernels.lora_linear import Slices, lora_linear
 
 
@@ -173,7 +173,7 @@ class Linear(LoRALayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         if not self._adds():
-            return F.linear(x, self.matrix, self.bias)
+            return linear(x, self.matrix, self.bias)
         dropout = self.lora_dropout if self.training else 0.0
         return lora_linear(x, self.matrix, *self.factors(), self.scaling, self.bias, dropout, self.slices)
 

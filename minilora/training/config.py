@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from minilora.settings import BrokenSettings, at_least, check, one_of
 
-Schedule = Literal["cosine", "linear"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 NonFinite = Literal["stop", "skip"]
 Metric = Literal["exact_match", "rougeL"]
 Strategy = Literal["no", "steps", "epoch"]
@@ -55,7 +55,7 @@ class TrainConfig:
 
     learning_rate: float = 1e-4  # at its peak
     loraplus_lr_ratio: float = 1.0  # times as much for lora_B, "LoRA+" (Hayou et al. 2024): about 16 there; 1 trains all alike
-    lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up
+    lr_scheduler_type: Schedule = "cosine"  # how it falls to 0 after the warm-up, or stays; "constant" is without warm-up
     warmup_ratio: float = 0.0  # share of the steps in which it rises from 0
     num_train_epochs: float = 1.0  # passes over the data
     max_steps: int = -1  # takes so many steps, whatever the epochs; -1 leaves it to the epochs

@@ -11,6 +11,7 @@ A base that one GPU cannot hold is split by torch's own FSDP2; what is trained s
 optimizer and checkpoints know nothing of it. Outside a process group every function here is that of one process alone.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,6 +74,9 @@ def joined() -> Iterator[None]:
                 f"another process has ended or does not answer, and so this one stops too ({str(error).partition('. ')[0]}). "
                 "What is saved is whole: see what that process told, and go on with --resume"
             ) from None
+    # Gloo's threads end with the last that holds the group. One that still lets go of a tensor while Python ends aborts the
+    # process, and torchrun's agents on other hosts, which had no fault, wait five minutes for that one's.
+    gc.collect()  # a split base holds the group, in circles
     dist.destroy_process_group()  # not after an error: what is under way with a lost process would never end
 
 
@@ -179,6 +183,7 @@ def shard_base(model: nn.Module, device: str = "cpu") -> nn.Module:
     for module in [*reversed(layers), model]:  # inner ones first
         fully_shard(module, mesh=mesh, ignored_params=trained)
         _follow(model)
+    mesh._pg_registry.clear()  # the mesh outlives the model in torch's caches of DTensor, and must not keep the group with it
     return model
 
 

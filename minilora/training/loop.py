@@ -177,12 +177,17 @@ def total_steps(examples: int, config: TrainConfig) -> int:
 
 
 def rate(step: int, total: int, config: TrainConfig) -> float:
-    """The share of the peak learning rate at a step counted from 0: a linear rise, then a cosine or linear fall to 0 at total."""
-    warmup = math.ceil(config.warmup_ratio * total)
+    """The share of the peak learning rate at a step counted from 0, by the schedules of transformers.get_scheduler.
+
+    A linear rise, of which no step is at 0, and then a cosine or linear fall to 0 at total, or none; "constant" does not rise
+    either.
+    """
+    kind = config.lr_scheduler_type
+    warmup = 0 if kind == "constant" else math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    return left if config.lr_scheduler_type == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return {"cosine": (1 - math.cos(math.pi * left)) / 2, "linear": left}.get(kind, 1.0)
 
 
 def accumulate_gradients(model: nn.Module, batches: list[list[Example]]) -> tuple[float, int]:

@@ -6,7 +6,7 @@ projections. In bytes, for a model whose base is frozen:
     fixed      d · weights (about half a byte where 4-bit) + adapter · (1 itself + 1 gradient + 2 moments of AdamW)
     kept       N · d · L · (2C + (H + 2Hkv)·D + H·D + 2I + what the adapted projections read)      until backward
                N · d · (L·C + that of one layer)                                                  with checkpointing
-    transient  the larger of a chunk of logits with its softmax and gradients, and the backward of one MLP
+    transient  the larger of a chunk of logits with the gradient of the head's input, and the backward of one MLP
     peak       fixed + kept + holes in the heap of a CPU + transient
 
     FLOPs      N · (4·P + 6·adapter + 7·L·T·H·D) in the layers, and 4·n·V·C in the head
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from minilora.adapters.layers import Linear, adapted_layers
 from minilora.data.encoding import Example, shuffled_batches
 from minilora.data.packing import pack
-from minilora.kernels.cross_entropy import CHUNK, head_cross_entropy
+from minilora.kernels.arithmetic import product_dtype
+from minilora.kernels.cross_entropy import chunk_rows, head_cross_entropy
 from minilora.kernels.nf4 import BLOCK
 from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.training.config import TrainConfig
@@ -108,9 +109,9 @@ def memory(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "c
         adapter=adapter,
         gradients=adapter,
         moments=2 * adapter,
-        activations=kept(model, batch, config),
-        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False))) if heap else 0,
-        transient=transient(model, batch),
+        activations=kept(model, batch, config, device),
+        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False), device)) if heap else 0,
+        transient=transient(model, batch, config, device),
     )
 
 
@@ -120,28 +121,32 @@ def _stored(weight: Tensor, four_bit: bool | None) -> int:
     return math.ceil(weight.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 if four_bit else weight.nbytes
 
 
-def kept(model: nn.Module, batch: Batch, config: TrainConfig) -> int:
+def kept(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that the layers keep for backward."""
     sizes, d = model.config, model.lm_head.weight.element_size()
+    a = product_dtype(model.lm_head.weight.dtype, torch.device(device)).itemsize  # of attention
     C, H, L, N = sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers, batch.tokens
     packed = sum(sizes.qkv_sizes.values()), sum(sizes.gate_up_sizes.values())  # (H + 2Hkv)·D, 2I
-    elements = L * (2 * C + packed[0] + H * sizes.head_dim + packed[1])
+    elements = L * (2 * C + packed[1])
+    attention = L * (packed[0] + H * sizes.head_dim)
     statistics = L * 4 * (H + 2)  # in float32: the logarithms of attention's sums, and ρ of both norms
     for path, layer in adapted_layers(model).items():
         if isinstance(layer, Linear) and layer is not model.lm_head:
-            read = 0 if path.endswith("o_proj") else layer.in_features  # what o_proj reads is attention's output, kept already
-            elements += read + layer.lora_A.shape[0]
-    mask = L * batch.length * d if config.packing else 0  # attention makes numbers of it, T for each token
-    total = elements * d + statistics + mask  # of one token
-    return N * (C * d * L + total // L if config.gradient_checkpointing else total)
+            shared = path.endswith("o_proj") and a == d  # what o_proj reads is attention's output, kept already
+            elements += (0 if shared else layer.in_features) + layer.lora_A.shape[0]
+    mask = batch.length * a if config.packing else 0  # once for all layers, T numbers for each token
+    total = elements * d + attention * a + statistics  # of one token
+    return N * (mask + (C * d * L + total // L if config.gradient_checkpointing else total))
 
 
-def transient(model: nn.Module, batch: Batch) -> int:
-    """Bytes that come and go at the peak, with all activations there: at the head, or in the backward of the last MLP."""
+def transient(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
+    """Bytes that come and go at the peak, beside the activations: at the head, or in the backward of the last MLP."""
     sizes, d = model.config, model.lm_head.weight.element_size()
-    rows = min(CHUNK, batch.targets)
-    # In float32 the softmax, its gradient and that of the loss, or logits in their place; and those in the model's own dtype.
-    logits = rows * sizes.vocab_size * (12 if d == 4 else 16) + 2 * batch.targets * sizes.hidden_size * d
+    rows, gpu = min(chunk_rows(device), batch.targets), torch.device(device).type != "cpu"
+    # Logits become their own gradient; where they are not in float32 a CPU has a copy that is. Beside them lies all of dX.
+    logits = rows * sizes.vocab_size * (d if d == 4 or gpu else d + 4) + (batch.tokens + rows) * sizes.hidden_size * d
+    if config.gradient_checkpointing:  # the head is done before the last layer is computed again
+        logits -= kept(model, batch, config, device) - batch.tokens * sizes.hidden_size * d * sizes.num_hidden_layers
     wide = 0 if d == 4 else 2 * (4 + d)  # of each half of gate_up: a copy in float32, and the gradient rounded back
     return max(logits, batch.tokens * sizes.intermediate_size * (d + 2 * 4 + wide))
 
@@ -185,9 +190,10 @@ def _layer_rate(model: nn.Module, T: int, device: str, quantize: str | None) -> 
 
 def _head_rate(model: nn.Module, device: str) -> float:
     head = _made_real(model.lm_head, device, None).requires_grad_(False)
-    x = torch.randn(CHUNK, model.config.hidden_size, dtype=head.weight.dtype, device=device, requires_grad=True)
-    labels = torch.zeros(CHUNK, dtype=torch.long, device=device)
-    return head_flops(model, CHUNK) / _time(lambda: head_cross_entropy(head, x, labels).backward(), device)
+    rows = chunk_rows(device)
+    x = torch.randn(rows, model.config.hidden_size, dtype=head.weight.dtype, device=device, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.long, device=device)
+    return head_flops(model, rows) / _time(lambda: head_cross_entropy(head, x, labels).backward(), device)
 
 
 def _made_real(module: nn.Module, device: str, quantize: str | None) -> nn.Module:

@@ -1,0 +1,27 @@
+"""Memory that a thread uses again for what it forgets at once.
+
+On a CPU a large buffer made anew comes from the system page by page, and the first touch of its pages can cost as much as the
+arithmetic on them; whether it does differs from process to process.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+_held = threading.local()
+
+
+def scratch(use: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n,) of any values, overwritten by whoever asks in the same thread for the same use next.
+
+    On a CPU the largest that was asked for is kept for each use and thread; on a GPU torch's allocator does that for all.
+    """
+    if device.type != "cpu":
+        return torch.empty(n, dtype=dtype, device=device)
+    rooms, size = vars(_held), n * dtype.itemsize
+    if use not in rooms or len(rooms[use]) < size:
+        rooms.pop(use, None)  # before its successor is made
+        with torch.inference_mode(False):  # else it could not be written to outside of it
+            rooms[use] = torch.empty(size, dtype=torch.uint8)
+    return rooms[use][:size].view(dtype)
