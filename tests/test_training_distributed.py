@@ -42,7 +42,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
     """The runs of several_processes.py: their folder, and how each of their processes ended."""
     place = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("several_processes.py")
-    ended = subprocess.run([sys.executable, script, place], capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, script, place], capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr
     return place, json.loads((place / "told.json").read_text())
 
