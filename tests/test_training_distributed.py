@@ -33,7 +33,7 @@ from minilora.training.distributed import (
 )
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
 CHAT = [["Where is the key?", "Under the mat."], ["Hi", "Hello"], ["Is the tea ready?", "In three minutes."]]
 
 
@@ -42,7 +42,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
     """The runs of several_processes.py: their folder, and how each of their processes ended."""
     place = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("several_processes.py")
-    ended = subprocess.run([sys.executable, script, place], capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, script, place], capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr
     return place, json.loads((place / "told.json").read_text())
 
@@ -256,7 +258,7 @@ def test_torchrun_starts_the_command_line(tiny_checkpoint, chat, tmp_path):
     several, one = tmp_path / "several", tmp_path / "one"
     typed = command(tiny_checkpoint, chat, several, "training.per_device_train_batch_size=1")
     started = torchrun("--standalone", "--nproc-per-node", "2")
-    ended = subprocess.run([*started, *typed], capture_output=True, text=True, env=ONE_THREAD, cwd=ROOT, timeout=300)
+    ended = subprocess.run([*started, *typed], capture_output=True, text=True, env=os.environ | ONE_THREAD, cwd=ROOT, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("processes: 2, 2 of them on this machine, joined by gloo") == 1
     assert ended.stdout.count(f"wrote {several / 'adapter'}") == 1  # rank 0 alone prints
@@ -267,7 +269,7 @@ def test_torchrun_starts_the_command_line(tiny_checkpoint, chat, tmp_path):
 def test_torchrun_told_to_end_ends_with_a_whole_checkpoint(tiny_checkpoint, chat, tmp_path):
     output, settings = tmp_path / "out", ["training.max_steps=100000", "training.per_device_train_batch_size=1"]
     started = torchrun("--standalone", "--nproc-per-node", "2") + command(tiny_checkpoint, chat, output, *settings)
-    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, cwd=ROOT) as running:
+    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD, cwd=ROOT) as running:
         while running.poll() is None and not find_checkpoints(output):
             time.sleep(0.1)
         running.terminate()
@@ -316,7 +318,7 @@ def test_two_hosts_with_a_split_base_end_as_one_process_does(tiny_checkpoint, ch
             launch = torchrun(*nodes, "--master-addr", hosts[0][1], "--master-port", "29500")
             settings = ["training.per_device_train_batch_size=1", "training.fsdp=true"]
             typed = command(tiny_checkpoint, chat, outputs[number], *settings)
-            environment = ONE_THREAD | {"GLOO_SOCKET_IFNAME": device}
+            environment = os.environ | ONE_THREAD | {"GLOO_SOCKET_IFNAME": device}
             host = ["ip", "netns", "exec", name, *launch, *typed]
             with open(logs[number], "w") as log:
                 started.append(subprocess.Popen(host, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))

@@ -52,7 +52,7 @@ def encode_conversations(
         ValueError: the template refuses conversations or they are too long; each is named by its source.
     """
     # Threads, since the tokenizers library lets go of Python's lock. Two of them took half the time of one for questions of
-    # 135 tokens; two processes took 4 s of a core each to import torch, in which a core encodes 20,000 of these.
+    # 135 tokens; two processes took 4 s of a core each to import torch, in which a core encodes some 15,000.
     taken, examples, faults = [], [], []
     with ThreadPool() as pool:  # a thread for each core
         found = pool.imap(partial(_encoded, tokenizer), conversations, CHUNK)
