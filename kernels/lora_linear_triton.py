@@ -22,7 +22,7 @@ from minilora.kernels.dropout import threshold
 from minilora.kernels.dropout_triton import keep_tile
 from minilora.kernels.lora_linear_torch import Slices
 from minilora.kernels.nf4_tensor import NF4Tensor
-from minilora.kernels.nf4_triton import dequantize_blocks, expand, weight_tile
+from minilora.kernels.nf4_triton import dequantize, expand, weight_tile
 
 
 @triton.jit
@@ -352,12 +352,6 @@ def _gemm_nf4(X: Tensor, W: NF4Tensor, S: Tensor, U: Tensor, slices: Slices, bia
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return Y
-
-
-def dequantize(W: NF4Tensor) -> Tensor:
-    """The weight, in a buffer that the next layer gets again: PyTorch's allocator hands out what was freed last, by stream."""
-    values = dequantize_blocks(W.codes, expand(*W.parts[1:]), W.numel(), W.dtype).view(W.stored_shape)
-    return values.T if W.transposed else values
 
 
 def outer(P: Tensor, S: Tensor, U: Tensor, slices: Slices, mask: Mask = NO_MASK) -> Tensor:

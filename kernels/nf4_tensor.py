@@ -11,9 +11,10 @@ Source: Dettmers et al. 2023, "QLoRA", eq. 5 and 6.
 import torch
 from torch import Tensor
 
+from minilora.kernels import backend, nf4
 from minilora.kernels.arithmetic import linear_dtype
 from minilora.kernels.blocks import block_rows, brought, by_column, by_row
-from minilora.kernels.nf4 import BLOCK, compress, dequantize_blocks, expand, quantize_blocks
+from minilora.kernels.nf4 import BLOCK, compress, dequantize_blocks, expand
 from minilora.kernels.scratch import scratch
 
 CHUNK = 2**21  # values quantised at once, a multiple of BLOCK
@@ -54,7 +55,7 @@ class NF4Tensor(Tensor):
         """
         if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
             raise ValueError(f"a 4-bit weight stands for a floating (N, K) matrix, not {weight.dtype} {tuple(weight.shape)}")
-        values = weight.detach().reshape(-1)
+        values, quantize_blocks = weight.detach().reshape(-1), _blocks(weight).quantize_blocks
         codes = torch.empty(-(-len(values) // 2), dtype=torch.uint8, device=weight.device)
         absmax = torch.empty(-(-len(values) // BLOCK), device=weight.device)
         for start in range(0, len(values), CHUNK):  # into place: pieces that outlive a chunk's scratch would hold its pages too
@@ -88,6 +89,8 @@ class NF4Tensor(Tensor):
         """The weight as a plain tensor."""
         if self.transposed:
             return self.t().dequantize().t()
+        if _blocks(self) is not nf4:
+            return _blocks(self).dequantize(self)
         weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for rows, values in self.row_blocks(CHUNK):
             weight[rows] = values
@@ -131,6 +134,15 @@ class NF4Tensor(Tensor):
         return result
 
 
+def _blocks(weight: Tensor):
+    """The module that quantises and dequantises weights of this dtype where this one lies."""
+    if backend.choose(weight.device, weight.dtype)[0] == "torch":
+        return nf4
+    from minilora.kernels import nf4_triton  # here, so that machines without Triton import all the rest
+
+    return nf4_triton
+
+
 def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias, (M, K) -> (M, N), of a 4-bit W (N, K), or of its transpose, in x's dtype, in plain PyTorch."""
     if weight.transposed:
@@ -140,8 +152,12 @@ def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("minilora::nf4_linear", mutates_args=())
 def _linear_op(x: Tensor, parts: list[Tensor], shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
-    dtype = linear_dtype(x)
-    weight = NF4Tensor(*parts, shape, x.dtype, transposed)
+    dtype, weight = linear_dtype(x), NF4Tensor(*parts, shape, x.dtype, transposed)
+    if _blocks(weight) is not nf4:
+        from minilora.kernels import lora_linear_triton
+
+        with torch.cuda.device_of(x):  # a product without any update
+            return lora_linear_triton.gemm(x, weight, x.new_empty(len(x), 0), x.new_empty(len(weight), 0), (), bias)
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minilora.kernels import nf4, tiles
 from minilora.kernels.nf4 import BLOCK
+from minilora.kernels.nf4_tensor import NF4Tensor
 
 _BLOCK, _GROUP, _LEAST = tl.constexpr(BLOCK), tl.constexpr(nf4.GROUP), tl.constexpr(nf4.LEAST)
 _LEVELS = tl.constexpr(tuple(nf4.LEVELS.tolist()))
@@ -148,6 +149,12 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, n: int, dtype: torch.dtype)
             codes, absmax, values, n, len(codes), BLOCKS=tile.BM, num_warps=tile.num_warps
         )
     return values
+
+
+def dequantize(W: NF4Tensor) -> Tensor:
+    """The weight, in a buffer that the next layer gets again: PyTorch's allocator hands out what was freed last, by stream."""
+    values = dequantize_blocks(W.codes, expand(*W.parts[1:]), W.numel(), W.dtype).view(W.stored_shape)
+    return values.T if W.transposed else values
 
 
 def expand(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:

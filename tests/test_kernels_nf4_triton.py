@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import rms_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,26 @@ def test_codes_scales_and_values_equal_those_of_plain_pytorch_bit_for_bit(n, kin
     assert torch.equal(ours[1], absmax)
     assert torch.equal(back, nf4.dequantize_blocks(codes, absmax, n, dtype))
     assert kind != "usual" or rms_error(back, values) < 0.2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "kernel"), [(3, "gemm_nf4_kernel"), (40, "gemm_kernel")])
+def test_a_weight_and_a_layer_without_an_adapter_go_by_these_kernels(dtype, M, kernel):
+    weight, x, dy, bias = (torch.randn(*shape).to(dtype) for shape in ((65, 64), (M, 64), (M, 65), (65,)))
+    expected = NF4Tensor.quantize(weight)
+    with interpreting() as launches:
+        quantised = NF4Tensor.quantize(weight)
+        values = quantised.dequantize()
+        x.requires_grad_()
+        y = F.linear(x, quantised, bias)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert all(torch.equal(part, same) for part, same in zip(quantised.parts, expected.parts, strict=True))
+    assert torch.equal(values, expected.dequantize())
+    assert rms_error(y, F.linear(x.double(), values.double(), bias.double())) <= TOLERANCE[dtype]
+    assert rms_error(dx, dy.double() @ values.double()) <= TOLERANCE[dtype]
+    names = [launch.kernel for launch in launches]
+    assert names[0] == "quantize_kernel"
+    assert names.count(kernel) == 2
 
 
 @settings(max_examples=20)
