@@ -333,6 +333,21 @@ def test_each_product_that_dequantises_is_sound_machine_code(arch, M, layer, R, 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("M", [16, 4096])
+def test_each_product_of_a_layer_without_an_adapter_is_sound_machine_code(arch, M):
+    N, K = LAYERS["o"]
+    x, nothing = (torch.empty(M, size, dtype=torch.bfloat16, device="meta") for size in (K, 0))
+    weight = NF4Tensor.quantize(torch.randn(N, K, dtype=torch.bfloat16)).to("meta")
+    with compiling(arch) as compiled:
+        for W in (weight, weight.t()):
+            lora_linear_triton.gemm(x, W, nothing, torch.empty(N, 0, device="meta"), ())
+    assert [kernel.kernel for kernel in compiled if kernel.kernel.startswith("gemm")] == 2 * [f"gemm{'_nf4' * (M < 33)}_kernel"]
+    for kernel in compiled:
+        assert_runs_well(kernel, arch)
+        assert kernel.tensor_instructions or not kernel.kernel.startswith("gemm")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("n", "dtype"), [(3072 * 8192, torch.bfloat16), (3071 * 3069, torch.float32)], ids=["even", "odd"])
 def test_quantising_and_dequantising_are_sound_machine_code(arch, n, dtype, monkeypatch):
     monkeypatch.setattr(nf4, "require_finite", lambda *_: None)  # nothing can be, on no device
