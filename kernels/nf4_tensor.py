@@ -142,8 +142,7 @@ def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear_op(x: Tensor, parts: list[Tensor], shape: list[int], transposed: bool, bias: Tensor | None) -> Tensor:
     dtype = linear_dtype(x)
     weight = NF4Tensor(*parts, shape, x.dtype, transposed)
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+    return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 @_linear_op.register_fake
