@@ -5,8 +5,6 @@ where float32 has 90. oneDNN, which torch leaves these products to, uses no more
 allows.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -17,11 +15,7 @@ NAMES = {  # of what a CPU has that multiplies a dtype: on x86, and the last one
 FEW = 4  # rows: fewer are found as dot products, in float32 without a copy, one row in 0.4 × the time of blocks made float32
 
 
-@functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies numbers of dtype, and torch lets it."""
-    if dtype not in NAMES:
-        return True
+def _listed(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     onednn, capabilities = torch.ops.mkldnn, torch.cpu.get_capabilities()
@@ -29,7 +23,14 @@ def multiplies(dtype: torch.dtype) -> bool:
     return allowed and any(capabilities.get(name) for name in NAMES[dtype])
 
 
-@torch.compiler.assume_constant_result
+LACKING = {dtype for dtype in NAMES if not _listed(dtype)}  # asked once, and not within what torch.compile traces
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies numbers of dtype, and torch lets it."""
+    return dtype not in LACKING
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What numbers of dtype on device are multiplied in."""
     return torch.float32 if device.type == "cpu" and not multiplies(dtype) else dtype

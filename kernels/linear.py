@@ -28,8 +28,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("minilora::linear", mutates_args=())
 def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = linear_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return product(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+    return product(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 @_linear_op.register_fake

@@ -158,8 +158,7 @@ def _linear_op(x: Tensor, parts: list[Tensor], shape: list[int], transposed: boo
 
         with torch.cuda.device_of(x):  # a product without any update
             return lora_linear_triton.gemm(x, weight, x.new_empty(len(x), 0), x.new_empty(len(weight), 0), (), bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+    return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 @_linear_op.register_fake

@@ -22,6 +22,5 @@ def scratch(use: str, n: int, dtype: torch.dtype, device: torch.device) -> Tenso
     rooms, size = vars(_held), n * dtype.itemsize
     if use not in rooms or len(rooms[use]) < size:
         rooms.pop(use, None)  # before its successor is made
-        with torch.inference_mode(False):  # else it could not be written to outside of it
-            rooms[use] = torch.empty(size, dtype=torch.uint8)
+        rooms[use] = torch.empty(size, dtype=torch.uint8)
     return rooms[use][:size].view(dtype)

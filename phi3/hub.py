@@ -3,18 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # the base of whatever the HTTP library underneath raises
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
-
 TEXT_FILES = ("*.json", "*.jinja")  # config, tokenizer, chat template: a few megabytes
 CHECKPOINT_FILES = ("*.safetensors", *TEXT_FILES)
 TOKEN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
@@ -37,15 +25,30 @@ def fetch(source: Path | str, revision: str | None = None, files: Iterable[str] 
         ConnectionError: the download broke off.
         ValueError: a revision is asked of a folder.
     """
-    name, hub = str(source), constants.ENDPOINT
-    if Path(source).is_dir():
-        if revision is not None:
-            raise ValueError(f"{name} is a folder here, which has no revision {revision!r}: leave the revision out")
-        return Path(source)
+    if not Path(source).is_dir():
+        return _download(str(source), revision, list(files))
+    if revision is not None:
+        raise ValueError(f"{source} is a folder here, which has no revision {revision!r}: leave the revision out")
+    return Path(source)
+
+
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
+    # Imported here, since they take 0.2 s, and a folder needs none of them.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,  # the base of whatever the HTTP library underneath raises
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub = constants.ENDPOINT
     if not _is_id(name):
         raise FileNotFoundError(f"{name} must be a folder here, or the id of a repository on {hub}, owner/name, and is neither")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
     except GatedRepoError:
         raise PermissionError(f"{name} is gated: ask for access at {hub}/{name}, then {TOKEN_HINT}") from None
     except RepositoryNotFoundError:
@@ -71,6 +74,9 @@ def fetch(source: Path | str, revision: str | None = None, files: Iterable[str] 
 
 
 def _is_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -7,7 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.hf_api  # before the constants are replaced, which it reads as it is imported
 import pytest
 
 from minilora.data.sources import Source, files, parse_source, read_source

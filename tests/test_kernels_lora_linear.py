@@ -53,6 +53,15 @@ def test_value_and_every_gradient_stay_within_rounding_of_the_float64_reference(
         assert_equals_reference(case)
 
 
+def test_backward_inside_autocast_gives_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(arithmetic, "multiplies", lambda dtype: False)
+    case = usual_case(torch.bfloat16, torch.float32, leading=(8,))
+    expected = case.operation()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case.operation()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_without_16_bit_arithmetic_every_product_is_in_float32(monkeypatch, dropout):
     monkeypatch.setattr(arithmetic, "multiplies", lambda dtype: False)

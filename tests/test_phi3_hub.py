@@ -10,7 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.hf_api  # before the constants are replaced, which it reads as it is imported
 import pytest
 import torch
 from helpers import CHATML

@@ -7,9 +7,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HTTPError
-
 from minilora.data.conversations import Conversation, read_conversations
 
 HUB_FILES = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<pattern>.+)")
@@ -59,6 +56,9 @@ def files(name: str) -> list[Path]:
     """
     if not name.startswith("hf://"):
         return [Path(name)]
+    from huggingface_hub import constants, snapshot_download  # here, since they take 0.2 s, and a file needs none of them
+    from huggingface_hub.errors import HTTPError
+
     found = HUB_FILES.fullmatch(name)
     if not found:
         raise ValueError(f"{name} must be hf://datasets/OWNER/NAME/PATH, where PATH names files and may hold *")
