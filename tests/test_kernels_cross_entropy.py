@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from minilora.kernels.cross_entropy import CHUNK, IGNORE, cross_entropy_reference, head_cross_entropy, losses_and_dlogits_
+from minilora.kernels.linear import Linear
 
 C, V = 24, 40
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -38,7 +39,11 @@ def partly_frozen_head():
     return head
 
 
-HEADS = [linear_head, biased_head, frozen_head, deep_head, partly_frozen_head]
+def phi3_head():
+    return Linear(C, V, bias=False).requires_grad_(False)
+
+
+HEADS = [linear_head, biased_head, frozen_head, phi3_head, deep_head, partly_frozen_head]
 
 
 def make_inputs(make_head, n, dtype, seed=0, ignored=0.3):
@@ -218,7 +223,7 @@ def test_autocast_reaches_the_head(make_head):
     assert all(rms_error(found[name], expected[name]) < 1e-2 for name in expected)
 
 
-@pytest.mark.parametrize("make_head", [frozen_head, biased_head, partly_frozen_head])
+@pytest.mark.parametrize("make_head", [frozen_head, biased_head, phi3_head])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_a_break_it_gives_the_same(make_head, dynamic):
     head, x, labels = make_inputs(make_head, CHUNK + 3, torch.float32)
