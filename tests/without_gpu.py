@@ -17,7 +17,7 @@ import tempfile
 import types
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -392,8 +392,10 @@ class Traffic(TorchDispatchMode):
         if function.namespace == "minilora":
             with self:
                 return OPDEFS[function._schema.name]._init_fn(*args, **kwargs or {})
-        if name == "_local_scalar_dense" and args[0].is_meta:
+        if name in ("is_nonzero", "item", "_local_scalar_dense") and args[0].is_meta:
             return True
+        if name == "nonzero" and args[0].is_meta:
+            return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if name == "index" and args[1][0].dtype == torch.bool:
             return self.__torch_dispatch__(torch.ops.aten.clone.default, types, args[:1])
         out = function(*args, **kwargs or {})
@@ -461,7 +463,8 @@ def counting(arch: int) -> Iterator[Traffic]:
         stack.enter_context(mock.patch.object(backend, "_obstacle_of", return_value=""))
         stack.enter_context(mock.patch.object(JITFunction, "run", count_only))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash_attention))
-        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))  # it knows no meta device
+        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))  # it knows no meta device,
+        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # and nor does this
         yield (traffic := stack.enter_context(Traffic()))
 
 
