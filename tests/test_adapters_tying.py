@@ -16,6 +16,7 @@ from minilora import phi3
 from minilora.adapters.adapter_files import CONFIG, TENSORS
 from minilora.adapters.trainable import count_parameters
 from minilora.commands import describe_adapter
+from minilora.kernels.linear import Linear as PlainLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of tied embeddings whatever it is asked for
 IDS = torch.arange(22).view(2, 11)
@@ -110,7 +111,7 @@ def test_a_file_without_the_field_is_not_tied(folder, tmp_path):
     del raw["ensure_weight_tying"]
     (tmp_path / CONFIG).write_text(json.dumps(raw))
     ours = lora.load_adapter(fresh(), tmp_path)
-    assert type(ours.lm_head) is nn.Linear
+    assert type(ours.lm_head) is PlainLinear
     assert rms_error(ours(IDS), expected(IDS).logits) < 1e-5
 
 
@@ -235,9 +236,9 @@ def test_a_module_saved_whole_holds_its_part_of_what_is_tied():
 
 def test_what_is_not_tied_or_not_named_stays_as_it_was():
     apart = adapted(tiny_model(tiny_config()), target_modules=["embed_tokens"])
-    assert type(apart.lm_head) is nn.Linear
+    assert type(apart.lm_head) is PlainLinear
     elsewhere = adapted(target_modules="all-linear")
-    assert type(elsewhere.lm_head) is nn.Linear
+    assert type(elsewhere.lm_head) is PlainLinear
     assert type(elsewhere.model.embed_tokens) is nn.Embedding
 
 
@@ -394,7 +395,7 @@ def test_a_file_whose_tied_modules_have_unlike_adapters_is_refused(tmp_path):
     model = fresh()
     with pytest.raises(ValueError, match=r"lm_head must have the adapter of model\.embed_tokens, to which it is tied"):
         lora.load_adapter(model, tmp_path)
-    assert type(model.lm_head) is nn.Linear
+    assert type(model.lm_head) is PlainLinear
 
 
 def test_peft_scales_a_tied_head_by_itself_and_such_a_file_is_refused(folder, tmp_path):

@@ -37,7 +37,7 @@ from triton.runtime import driver, interpreter
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
-from minilora.kernels import backend
+from minilora.kernels import arithmetic, backend
 
 SECTOR = 32  # bytes: what DRAM hands out at once
 
@@ -228,6 +228,7 @@ def interpreting(arch: int = 90) -> Iterator[list[Launch]]:
     with ExitStack() as stack:
         stack.enter_context(_standing_in(arch))
         stack.enter_context(mock.patch.object(backend, "_obstacle_of", return_value=""))
+        stack.enter_context(mock.patch.object(arithmetic, "multiplies", return_value=True))  # as a GPU does, any dtype
         for name, method in _builder_methods(memory).items():
             stack.enter_context(mock.patch.object(InterpreterBuilder, name, method))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
@@ -464,7 +465,7 @@ def counting(arch: int) -> Iterator[Traffic]:
         stack.enter_context(mock.patch.object(JITFunction, "run", count_only))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _flash_attention))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))  # it knows no meta device,
-        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # and nor does this
+        stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))  # and nor does this
         yield (traffic := stack.enter_context(Traffic()))
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from importlib import import_module
 from typing import TypeVar
 
 import torch
@@ -62,6 +63,7 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         _take_gpu(int(os.environ["LOCAL_RANK"]))
+    import_module("torch._dynamo")  # as our operations do later: within a group, default arguments there would keep the group
     dist.init_process_group(backend, timeout=TIMEOUT)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
         print(f"processes: {world_size()}, {os.environ['LOCAL_WORLD_SIZE']} of them on this machine, joined by {backend}")
