@@ -415,6 +415,8 @@ class Traffic(TorchDispatchMode):
         flops = 0
         if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             flops = 2 * inputs[-2].numel() * inputs[-1].shape[-1]
+        elif name == "linear":  # inside our operations, which autograd does not take apart
+            flops = 2 * inputs[0].numel() * len(inputs[1])
         elif name.startswith("_scaled_dot_product_flash_attention"):
             # Q Kᵀ and P V; backward makes Q Kᵀ again, and dP, dQ, dK and dV. Half of each, which is causal.
             query, key = inputs[-3:-1] if len(inputs) == 3 else inputs[1:3]
