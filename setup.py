@@ -38,6 +38,7 @@ setup(
             *TENSORBOARD,
             *WANDB,
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "transformers",

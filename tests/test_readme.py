@@ -44,7 +44,7 @@ def test_the_commands_are_ones_that_the_command_line_takes(line):
 
 def test_ci_runs_the_two_install_lines():
     assert len(re.findall(r"^pip install .* && minilora demo$", README, flags=re.MULTILINE)) == 1
-    assert len(re.findall(r"^pip install .* && pytest$", README, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^pip install .* && pytest -n auto$", README, flags=re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)

@@ -18,6 +18,7 @@ from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
 from benchmarks.peers.tables import tables
 from minilora import phi3
+from minilora.data.token_cache import LIMIT
 from minilora.kernels.cross_entropy import chunk_rows
 from minilora.training import planning
 from minilora.training.fingerprint import ELEMENTS
@@ -59,6 +60,7 @@ NOT_MEASURED = {  # why, and the words around the number as they are written
         f"about {ELEMENTS:,} elements",
         f"({lora.TrainConfig().eval_samples}; 0 for none)",
         "are 0, never on the way, unless set",
+        f"take more than {LIMIT >> 30} GiB",
     ],
     "an example": [
         "a checkpoint every 100 steps",
