@@ -127,7 +127,7 @@ def plan(folder: str, case: dict, config: lora.TrainConfig) -> tuple[int, float]
         model = phi3.Phi3ForCausalLM(phi3.Phi3Config.read(Path(folder, "config.json"))).to(getattr(torch, case["dtype"]))
     adapted(model, case)
     batches = planning.batches_of(data(case), config)
-    rates = planning.calibrate(model, case["length"], quantize=case["quantize"])
+    rates = planning.calibrate(model, batches[0], quantize=case["quantize"])
     found = planning.memory(model, batches[0], config, quantize=case["quantize"])
     return found.peak, planning.seconds(model, batches, config, rates)
 

@@ -157,6 +157,18 @@ def test_the_figures_of_the_4_bit_base_are_those_of_the_committed_result():
     assert memory[0]["peak_memory_bytes"] < 3.2e9
 
 
+def test_the_figures_of_what_4_bits_lose_are_those_of_the_committed_result():
+    rows = {part: [row for row in COMMITTED["qlora"] if row["part"] == part] for part in ("products", "quality")}
+    for row, base in zip(rows["quality"], ("16-bit", "4-bit", "4-bit, adapter started by LoftQ"), strict=True):
+        found = f"{row['perplexity_at_the_start']:.1f} | {row['eval_loss_after']:.3f} | {row['exact_after']:.0%} |"
+        assert f"| {base} | {found}" in README
+        assert row["exact_after"] >= 0.9
+    forward, dX = ([row[way] for row in rows["products"]] for way in ("forward", "dX"))
+    assert f"a product of {rows['products'][0]['rows']} rows with a 4-bit weight takes {min(forward):.2f} to" in README
+    assert f"to {max(forward):.2f} times the one in float32, and its gradient {min(dX):.2f} to {max(dX):.2f} " in README
+    assert max(forward) <= 1.10
+
+
 def test_the_bytes_of_a_layer_are_those_of_the_committed_result():
     (row,) = COMMITTED["static"]
     ours, theirs = ([line[f"{way} bytes / least"] for line in row["roofline"]] for way in ("ours", "eager_peft"))

@@ -11,9 +11,10 @@ projections. In bytes, for a model whose base is frozen:
 
     FLOPs      N · (4·P + 6·adapter + 7·L·T·H·D) in the layers, and 4·n·V·C in the head
 
-of which checkpointing repeats the forward's 2·P + 2·adapter + 2·L·T·H·D. The rates are found by running one layer of random
-weights, and one chunk of the head, on the device itself. Source of the counting: Kaplan et al. 2020, "Scaling Laws for Neural
-Language Models", table 1; a frozen weight has no gradient, so that its backward costs what its forward does.
+of which checkpointing takes the forward's 2·P + 2·adapter + 2·L·T·H·D twice. The rates are found by running one layer of random
+weights, with backward and without, and one chunk of the head, on the device itself. Source of the counting: Kaplan et al. 2020,
+"Scaling Laws for Neural Language Models", table 1; a frozen weight has no gradient, so that its backward costs what its forward
+does.
 """
 
 import copy
@@ -44,8 +45,8 @@ from minilora.training.loop import total_steps
 # environment, each tensor has pages of its own, and there are none.
 HOLES = 0.2
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
-CALIBRATED = 512  # tokens that the layer is timed with; past some hundred a product takes its time by the token
-SECONDS = 1.0  # spent on each of the two rates at least, after a first run that counts for nothing
+CALIBRATED = 512  # tokens that the layer is timed with, at most; beyond, a product takes its time by the token
+SECONDS = 1.0  # spent on each of the rates at least, after a first run that counts for nothing
 
 
 class Batch(NamedTuple):
@@ -81,7 +82,8 @@ class Memory:
 class Rates(NamedTuple):
     """FLOPs a second."""
 
-    layers: float
+    layers: float  # forward and backward
+    forward: float  # of the layers alone, as checkpointing runs it first
     head: float
 
 
@@ -154,14 +156,23 @@ def transient(model: nn.Module, batch: Batch, config: TrainConfig, device: str =
 # Time
 
 
-def layer_flops(model: nn.Module, batch: Batch, checkpointing: bool = False) -> float:
+def layer_flops(model: nn.Module, batch: Batch) -> float:
     """Of forward and backward through all layers."""
+    frozen, trained, attention = _of_a_token(model, batch.length)
+    return batch.tokens * (4 * frozen + 6 * trained + 7 * attention)
+
+
+def forward_flops(model: nn.Module, batch: Batch) -> float:
+    """Of the forward alone, which checkpointing runs once more."""
+    return batch.tokens * 2 * sum(_of_a_token(model, batch.length))
+
+
+def _of_a_token(model: nn.Module, length: int) -> tuple[int, int, int]:
+    """P, the adapter's parameters, and L·T·H·D."""
     sizes = model.config
     layers = [(parameter.numel(), parameter.requires_grad) for parameter in model.model.layers.parameters()]
     frozen, trained = (sum(count for count, is_trained in layers if is_trained == wanted) for wanted in (False, True))
-    attention = sizes.num_hidden_layers * batch.length * sizes.num_attention_heads * sizes.head_dim
-    forward = 2 * frozen + 2 * trained + 2 * attention
-    return batch.tokens * (4 * frozen + 6 * trained + 7 * attention + (forward if checkpointing else 0))
+    return frozen, trained, sizes.num_hidden_layers * length * sizes.num_attention_heads * sizes.head_dim
 
 
 def head_flops(model: nn.Module, targets: int) -> float:
@@ -169,23 +180,27 @@ def head_flops(model: nn.Module, targets: int) -> float:
     return 4.0 * targets * model.lm_head.weight.numel()
 
 
-def calibrate(model: nn.Module, length: int, device: str = "cpu", quantize: str | None = None) -> Rates:
+def calibrate(model: nn.Module, batch: Batch, device: str = "cpu", quantize: str | None = None) -> Rates:
     """The rates of one layer and of one chunk of the head, with random weights, in a few seconds.
 
     Args:
         model, quantize: as in memory.
-        length: T of the run's batches, which decides how much of the work is attention's.
+        batch: one of the run's; its T decides how much of the work is attention's, and its B how much products are at once.
     """
-    return Rates(_layer_rate(model, min(length, CALIBRATED), device, quantize), _head_rate(model, device))
+    return Rates(*_layer_rates(model, batch, device, quantize), _head_rate(model, device))
 
 
-def _layer_rate(model: nn.Module, T: int, device: str, quantize: str | None) -> float:
+def _layer_rates(model: nn.Module, batch: Batch, device: str, quantize: str | None) -> tuple[float, float]:
     sizes, dtype = model.config, model.lm_head.weight.dtype
+    T = min(batch.length, CALIBRATED)
+    batch = Batch(max(1, min(batch.rows, CALIBRATED // T)), T, 0)
     layer = _made_real(model.model.layers[0], device, quantize).train()
     tables = [torch.ones(1, 1, T, sizes.rotary_dim // 2, dtype=dtype, device=device) for _ in "cs"]
-    x = torch.randn(1, T, sizes.hidden_size, dtype=dtype, device=device, requires_grad=True)
-    taken = _time(lambda: sum(layer(x, x, tables, None, None)).sum().backward(), device)
-    return layer_flops(model, Batch(1, T, 0)) / sizes.num_hidden_layers / taken
+    x = torch.randn(batch.rows, T, sizes.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    both = _time(lambda: sum(layer(x, x, tables, None, None)).sum().backward(), device)
+    alone = _time(torch.no_grad()(lambda: layer(x, x, tables, None, None)), device)
+    L = sizes.num_hidden_layers
+    return layer_flops(model, batch) / L / both, forward_flops(model, batch) / L / alone
 
 
 def _head_rate(model: nn.Module, device: str) -> float:
@@ -221,8 +236,10 @@ def _time(run: Callable[[], None], device: str) -> float:
 
 def seconds(model: nn.Module, batches: Sequence[Batch], config: TrainConfig, rates: Rates) -> float:
     """Of all steps; evaluations, checkpoints and loading come on top."""
-    layers = sum(layer_flops(model, batch, config.gradient_checkpointing) for batch in batches)
-    return layers / rates.layers + head_flops(model, sum(batch.targets for batch in batches)) / rates.head
+    layers = sum(layer_flops(model, batch) for batch in batches) / rates.layers
+    if config.gradient_checkpointing:
+        layers += sum(forward_flops(model, batch) for batch in batches) / rates.forward
+    return layers + head_flops(model, sum(batch.targets for batch in batches)) / rates.head
 
 
 # As text
@@ -235,7 +252,7 @@ def describe_plan(
     largest = max(batches, key=lambda batch: memory(model, batch, config, device, quantize).peak)
     found = memory(model, largest, config, device, quantize)
     otherwise = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
-    rates = calibrate(model, largest.length, device, quantize)
+    rates = calibrate(model, largest, device, quantize)
     steps, needed = len(batches) // config.gradient_accumulation_steps, seconds(model, batches, config, rates)
     lines = {
         "weights": (found.weights, f"{_dtype(model)}{', 4-bit in the layers' if quantize else ''}"),
