@@ -53,12 +53,12 @@ def main() -> None:
     """A few minutes on two CPU cores."""
     folder, rows = demo_weights.obtain(), []
     for lever, changes in LEVERS.items():
-        code = f"from benchmarks import bench_plan; bench_plan.run({str(folder)!r}, {PLAIN | changes!r})"
-        environment = os.environ | changes.get("environment", {})
-        output = subprocess.run(
-            [sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        rows.append({"lever": lever} | json.loads(output.splitlines()[-1]))
+        rows.append({"lever": lever})
+        for part in ("foretell", "run"):  # a process each: the first leaves memory behind that the second would use again
+            code = f"from benchmarks import bench_plan; bench_plan.{part}({str(folder)!r}, {PLAIN | changes!r})"
+            command, environment = [sys.executable, "-c", code], os.environ | changes.get("environment", {})
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows[-1] |= json.loads(output.splitlines()[-1])
         print(json.dumps(rows[-1]), flush=True)
     protocol.write("plan", rows)
     protocol.write_table("plan", table(rows))
@@ -76,27 +76,25 @@ def cells(row: dict) -> list[str]:
     return [row["lever"], *(f"{size / 1e6:,.0f}" for size in memory), off[0], *(f"{taken:.2f}" for taken in time), off[1]]
 
 
+def foretell(folder: str, case: dict) -> None:
+    """Plans a few steps in this process, and prints that as the last line."""
+    cross_entropy.CHUNK = case["chunk"]
+    peak, seconds = plan(folder, case, settings(case))
+    print(json.dumps({"planned_bytes": peak, "planned_seconds": round(seconds / STEPS, 3)}))
+
+
 def run(folder: str, case: dict) -> None:
-    """Plans and takes a few steps in this process, and prints both as the last line."""
+    """Takes them in this process, and prints what they took as the last line."""
     cross_entropy.CHUNK = case["chunk"]
     config = settings(case)
-    planned, seconds = plan(folder, case, config)
     train(tiny(case), case | {"length": 32}, config)
     begun = protocol.memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew from here
     model = adapted(phi3.load(folder, getattr(torch, case["dtype"]), quantize=case["quantize"]), case)
     result = train(model, case, config)
-    taken = [line["seconds"] for line in result.log if "seconds" in line]
-    print(
-        json.dumps(
-            {
-                "planned_bytes": planned,
-                "measured_bytes": protocol.memory("VmHWM") - begun,
-                "planned_seconds": round(seconds / STEPS, 3),
-                "measured_seconds": round((taken[-1] - taken[0]) / (STEPS - 1), 3),  # the first step warms up
-            }
-        )
-    )
+    peak, taken = protocol.memory("VmHWM") - begun, [line["seconds"] for line in result.log if "seconds" in line]
+    seconds = (taken[-1] - taken[0]) / (STEPS - 1)  # the first step warms up
+    print(json.dumps({"measured_bytes": peak, "measured_seconds": round(seconds, 3)}))
 
 
 def settings(case: dict) -> lora.TrainConfig:

@@ -183,8 +183,10 @@ def test_every_lever_is_planned_and_then_measured(monkeypatch, tiny_checkpoint, 
     monkeypatch.setattr(planning, "SECONDS", 0.0)
     for changes in bench_plan.LEVERS.values():
         monkeypatch.setattr(cross_entropy, "CHUNK", cross_entropy.CHUNK)  # put back as it was when the test ends
-        bench_plan.run(str(tiny_checkpoint), bench_plan.PLAIN | changes)
-        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        row = {}
+        for part in (bench_plan.foretell, bench_plan.run):
+            part(str(tiny_checkpoint), bench_plan.PLAIN | changes)
+            row |= json.loads(capsys.readouterr().out.splitlines()[-1])
         assert row["planned_bytes"] > 0
         assert row["measured_seconds"] > 0
     assert bench_plan.cells({"lever": "none"} | row | {"planned_bytes": 11e6, "measured_bytes": 10e6})[:4] == [
