@@ -50,7 +50,11 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quant
     name = str(model_path or "SmolLM2-135M-Instruct (Apache-2.0), re-expressed in the Phi-3 layout")
     print(f"model: {name}")
     model, tokenizer, task = load_model(folder, quantize=quantize), phi3.load_tokenizer(folder), demo_task.make_task()
-    dataset, unseen = make_datasets(model, tokenizer, task, output / "data")
+    weight = model.lm_head.weight
+    # Rounded to 4 bits it says that Greece is Athens: what it is to keep are its answers from before (88% and 96% exact answers).
+    original = phi3.load(folder, weight.dtype, weight.device) if quantize else model
+    dataset, unseen = make_datasets(original, tokenizer, task, output / "data")
+    del original
 
     heading("before")
     before = examine(model, tokenizer, task, unseen)
@@ -67,7 +71,6 @@ def run(output: Path, model_path: Path | None = None, max_steps: int = -1, quant
     after = examine(model, tokenizer, task, unseen)
     tell(after, task)
     heading("the saved adapter, loaded into a fresh base")
-    weight = model.lm_head.weight
     fresh = phi3.load(folder, weight.dtype, weight.device, quantize=quantize)
     try_saved(fresh, output / "adapter", tokenizer, task, before, after)
 
@@ -104,7 +107,7 @@ def heading(text: str) -> None:
 def make_datasets(model, tokenizer, task: demo_task.Task, folder: Path) -> tuple[list[Example], list[Example]]:
     """Writes the conversations as chat JSONL, and reads train and unseen back as any user's data are read.
 
-    Ordinary questions join the commands with the model's own answers, so that it learns when not to answer with JSON.
+    Ordinary questions join the commands with this model's own answers, so that one learns when not to answer with JSON.
     """
     replies = ask_ordinary(model, tokenizer, demo_task.ORDINARY)
     own = [pair for pair in zip(demo_task.ORDINARY, replies, strict=True) if len(tokenizer.encode(pair[1])) < ORDINARY_TOKENS]
