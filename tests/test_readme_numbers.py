@@ -169,6 +169,18 @@ def test_the_figures_of_what_4_bits_lose_are_those_of_the_committed_result():
     assert max(forward) <= 1.10
 
 
+def test_the_drift_of_bfloat16_is_that_of_the_committed_result():
+    last = {row["way"]: row for row in COMMITTED["drift"] if "adapter_distance" in row}
+    exact, base = last["float32"], last["bfloat16 base"]
+    assert f"After {exact['step']} steps of the demo's task the loss on unseen sentences was {exact['eval_loss']:.4f}" in README
+    assert (
+        f"in float32 and {base['eval_loss']:.4f} with a bfloat16 base, exact answers {exact['eval_exact_match']:.0%} and"
+        in README
+    )
+    assert f"and {base['eval_exact_match']:.0%}" in README
+    assert f"the updates were apart by {base['adapter_distance']:.0%} of their norm" in README
+
+
 def test_the_bytes_of_a_layer_are_those_of_the_committed_result():
     (row,) = COMMITTED["static"]
     ours, theirs = ([line[f"{way} bytes / least"] for line in row["roofline"]] for way in ("ours", "eager_peft"))
