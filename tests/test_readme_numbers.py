@@ -178,6 +178,7 @@ def test_the_drift_of_bfloat16_is_that_of_the_committed_result():
         in README
     )
     assert f"and {base['eval_exact_match']:.0%}" in README
+    assert f"with all in bfloat16 the loss was {last['bfloat16 base and adapter']['eval_loss']:.4f}" in README
     assert f"the updates were apart by {base['adapter_distance']:.0%} of their norm" in README
 
 
