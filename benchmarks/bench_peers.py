@@ -49,8 +49,14 @@ def parser() -> argparse.ArgumentParser:
     )
     models = ["small", "slice", "growth"]
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="135M; two of Phi-3-mini's layers; growth")
-    parser.add_argument("--sequences", nargs="+", type=int, default=[256], help="tokens of each of two sequences")
-    parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05], help="of the adapters")
+    parser.add_argument("--sequences", nargs="+", type=int, default=[256, 1024], help="tokens of each of two sequences")
+    parser.add_argument(
+        "--dropouts",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.05],
+        help="of the adapters; all but the first for the first of the sequences only",
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[2], help="of torch")
     parser.add_argument("--rounds", type=int, default=3, help="steps that are timed")
     parser.add_argument("--quick", action="store_true", help="a tiny model, libraries as installed here, nothing written")
@@ -72,8 +78,9 @@ def plan(options: argparse.Namespace) -> Iterator[list[Case]]:
     """The cases, in groups that share their processes. Growth changes one thing at a time: tokens, rank, layers."""
     for threads in options.threads:
         for model in [name for name in options.models if name != "growth"]:
-            for tokens in options.sequences:
-                yield from ([Case(model, tokens, dropout, threads)] for dropout in options.dropouts)
+            for i, tokens in enumerate(options.sequences):
+                dropouts = options.dropouts[:1] if i else options.dropouts
+                yield from ([Case(model, tokens, dropout, threads)] for dropout in dropouts)
         if "growth" in options.models:
             base = Case("4 layers", threads=threads)
             changes = {"tokens": 64}, {"tokens": 1024}, {"r": 64}, {"model": "8 layers"}

@@ -233,7 +233,7 @@ ELEMENTWISE = {  # ours, eager PyTorch's, the tensors of both, and how many of t
     "add_rms_norm": (norm_ours, norm_eager, [(M, C), (M, C), (C,), (M, C), (M, C)], 4 + 4),
     "swiglu": (swiglu_ours, swiglu_eager, [(M, 2 * WIDTH), (M, WIDTH)], 1.5 + 2.5),
     "cross_entropy": (cross_entropy_ours, cross_entropy_eager, [(cross_entropy.GPU_CHUNK, V)], 2),
-    "rope": (rope_ours, rope_eager, [(1, M, 3 * HEADS * D), *2 * [(1, 1, M, D // 2)], *3 * [(1, HEADS, M, D)]], 2 + 2),
+    "rope": (rope_ours, rope_eager, [(1, M, 3 * HEADS * D), *2 * [(1, 1, M, D // 2)], *3 * [(1, HEADS, M, D)]], 4 / 3 + 2),
 }
 
 

@@ -24,15 +24,16 @@ from minilora.kernels import backend
 from minilora.kernels.linear import Linear, linear
 
 IGNORE = -100  # torch's own ignore_index: a label that asks for no loss
-CHUNK = 256  # rows; on two CPU cores the head costs 1.03 × its bare products at 256 rows, 1.16 × at 128, 1.41 × at 64
+CHUNK = 256  # rows on a CPU at least; the head costs 1.03 × its bare products at 256 rows, 1.16 × at 128, 1.41 × at 64
+LOGITS = 2**24  # and as many more as have so many logits, 64 MB; Phi-3-mini's head takes 1.75 ms a row of 256, 1.54 of 512
 # Rows on a GPU. Each chunk reads W twice: in bfloat16, 1,024 rows multiply 1,024 times for a byte of it, where an H100 could 295
 # times while it reads one, so that reading hides; and the logits of a 200k vocabulary take no more than 0.41 GB.
 GPU_CHUNK = 1024
 
 
-def chunk_rows(device: torch.device | str) -> int:
-    """How many rows' logits there are at once."""
-    return CHUNK if torch.device(device).type == "cpu" else GPU_CHUNK
+def chunk_rows(device: torch.device | str, V: int = LOGITS) -> int:
+    """How many rows' logits over V tokens there are at once; the fewest where V is not known."""
+    return max(CHUNK, LOGITS // V) if torch.device(device).type == "cpu" else GPU_CHUNK
 
 
 def cross_entropy_reference(head: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def of_linear(labels, needed, x, weight, bias) -> list[Tensor]:
     gradients = [torch.zeros_like(tensor) if need else None for tensor, need in zip((x, weight, bias), needed, strict=True)]
     dx, dweight, dbias = gradients
     loss, share = _at_least_float32(x.new_zeros(())), 1 / _count_targets(labels).item()
-    for rows in (labels != IGNORE).nonzero().squeeze(1).split(chunk_rows(x.device)):
+    for rows in (labels != IGNORE).nonzero().squeeze(1).split(chunk_rows(x.device, len(weight))):
         x_i = x[rows]
         dlogits = linear(x_i, weight, bias)
         loss += _in_place_op(dlogits, labels[rows]).sum()

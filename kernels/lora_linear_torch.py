@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minilora.kernels.dropout import keep
 from minilora.kernels.linear import product
+from minilora.kernels.scratch import scratch
 
 Slices = tuple[tuple[int, int], ...]
 
@@ -28,13 +29,16 @@ def per_slice(slices: Slices, S: Tensor, U: Tensor):
         row += stop - start
 
 
-def make_mask(M: int, N: int, p: float, seed: Tensor | None) -> Tensor | None:
-    """keep (M, N) as these steps take it: made once for all that share it."""
-    return keep(M, N, p, seed) if p else None
+def make_mask(M: int, N: int, p: float, drawn: Tensor | None) -> Tensor | None:
+    """keep (M, N) as these steps take it, from itself or from its seed."""
+    return drawn if drawn is None or drawn.dim() else keep(M, N, p, drawn)
 
 
 def _dropped(P: Tensor, mask: Tensor | None) -> Tensor:
-    return P if mask is None else torch.where(mask, P, 0)
+    """keep ⊙ P, in memory of the thread's."""
+    if mask is None:
+        return P
+    return torch.mul(P, mask.view(torch.int8), out=scratch("dropped", P.numel(), P.dtype, P.device).view(P.shape))
 
 
 def down(P: Tensor, U: Tensor, slices: Slices, factor: float, mask: Tensor | None = None) -> Tensor:

@@ -72,6 +72,14 @@ def _(dy, dh, h, rho, weight):
     return h.new_empty(h.shape)
 
 
+def _sum_in_place(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta in the memory of delta, which leaves holes in a CPU's heap otherwise: 75 MB of 610 in a step of 30 layers.
+
+    Autograd need not know, unless whoever made delta keeps it, which it would refuse.
+    """
+    return delta.detach().add_(x)
+
+
 class _RMSNorm(torch.autograd.Function):
     """Only Triton's launches are torch operations: on a CPU a call of one takes as long as several passes over 200 rows."""
 
@@ -80,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
         if backend.choose(x.device, x.dtype)[0] == "triton":
             y, rho, *sums = _forward_op(x, delta, weight, eps)
         else:
-            sums = [] if delta is None else [x + delta]
+            sums = [] if delta is None else [x + delta if torch.compiler.is_compiling() else _sum_in_place(x, delta)]
             y, rho = forward(*(sums or [x]), weight, eps)
         ctx.save_for_backward(*(sums or [x]), rho, weight)
         return y, *sums
@@ -117,7 +125,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     """(h, y), both differentiable once in x and delta; all else as in rms_norm.
 
     Args:
-        delta: (..., C) like x.
+        delta: (..., C) like x; may be overwritten, to hold h.
 
     Raises:
         ValueError: weight has not as many features as x, or delta another shape; both at once.

@@ -2,8 +2,9 @@
 
     (u_i, u_{i + d/2}) ↦ (u_i cos_i − u_{i + d/2} sin_i,  u_{i + d/2} cos_i + u_i sin_i)        i = 0 … d/2 − 1
 
-for each head of q and k; dimensions past d, under partial rotary, and v pass through. The gradient is turned back: −sin for
-sin. Only the tables are saved. Source: Su et al. 2021, "RoFormer", §3.2, in the half-split pairing of GPT-NeoX.
+for each head of q and k; dimensions past d, under partial rotary, and v pass through. It is done in place, since nobody needs
+what q and k were. The gradient is turned back: −sin for sin. Only the tables are saved.
+Source: Su et al. 2021, "RoFormer", §3.2, in the half-split pairing of GPT-NeoX.
 """
 
 import torch
@@ -32,20 +33,21 @@ def _heads(packed: Tensor, count: int) -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Writes what x turns into to out, both (B, H, T, D), in PyTorch."""
+    """Writes what x turns into to out, both (B, H, T, D), in PyTorch; out may be x."""
     half = cos.shape[-1]
-    out.copy_(x)
-    out[..., :half].mul_(cos).addcmul_(x[..., half : 2 * half], sin, value=-1)
-    out[..., half : 2 * half].mul_(cos).addcmul_(x[..., :half], sin)
+    first, second, was = out[..., :half], out[..., half : 2 * half], x[..., :half]
+    if out is x:
+        was = was.clone()
+    else:
+        out.copy_(x)
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(was, sin)
 
 
-def forward(turn, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """qkv with q and k turned by a module's turn; v is copied, so that nobody needs to keep what q and k were."""
-    turned, packed = heads + kv_heads, torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    x, y = _heads(qkv, turned + kv_heads), _heads(packed, turned + kv_heads)
-    turn(x[:, :turned], cos, sin, y[:, :turned])
-    y[:, turned:].copy_(x[:, turned:])
-    return packed
+def forward(turn, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
+    """Turns q and k within qkv by a module's turn."""
+    x = _heads(qkv, heads + 2 * kv_heads)[:, : heads + kv_heads]
+    turn(x, cos, sin, x)
 
 
 def backward(turn, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,17 +62,12 @@ def backward(turn, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor)
     return packed
 
 
-@torch.library.custom_op("minilora::rope", mutates_args=())
-def _forward_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
+@torch.library.custom_op("minilora::rope_", mutates_args={"qkv"})
+def _forward_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
     from minilora.kernels import rope_triton  # here, so that machines without Triton import all the rest
 
     with torch.cuda.device_of(qkv):
-        return forward(rope_triton.turn, qkv, cos, sin, heads, kv_heads)
-
-
-@_forward_op.register_fake
-def _(qkv, cos, sin, heads, kv_heads):
-    return qkv.new_empty(qkv.shape)
+        forward(rope_triton.turn, qkv, cos, sin, heads, kv_heads)
 
 
 @torch.library.custom_op("minilora::rope_backward", mutates_args=())
@@ -91,11 +88,13 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, heads, kv_heads):
         ctx.save_for_backward(cos, sin)
+        # As another tensor in the same memory: autograd need not know, unless whoever made qkv keeps it, which it would refuse.
+        qkv = qkv.clone() if torch.compiler.is_compiling() else qkv.detach()
         if backend.choose(qkv.device, qkv.dtype)[0] == "triton":
-            packed = _forward_op(qkv, cos, sin, heads, kv_heads)
+            _forward_op(qkv, cos, sin, heads, kv_heads)
         else:
-            packed = forward(turn, qkv, cos, sin, heads, kv_heads)
-        return _heads(packed, heads + 2 * kv_heads).split([heads, kv_heads, kv_heads], dim=1)
+            forward(turn, qkv, cos, sin, heads, kv_heads)
+        return _heads(qkv, heads + 2 * kv_heads).split([heads, kv_heads, kv_heads], dim=1)
 
     @staticmethod
     @once_differentiable
@@ -109,16 +108,16 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k turned by the tables, and v, differentiable once in qkv.
+    """q and k turned by the tables, in the memory of qkv, which is overwritten, and v; differentiable once in qkv.
 
     Args:
-        qkv: (B, T, (H + 2·Hkv)·D), any floating dtype: the heads of q, of k and of v, in this order.
+        qkv: (B, T, (H + 2·Hkv)·D), any floating dtype: the heads of q, of k and of v, in this order. torch.compile copies it.
         cos, sin: (B or 1, 1, T, d/2) with d ≤ D; rounded to qkv's dtype.
         heads: H.
         kv_heads: Hkv.
 
     Returns:
-        q (B, H, T, D), k and v (B, Hkv, T, D), which share memory of their own.
+        q (B, H, T, D), k and v (B, Hkv, T, D).
 
     Raises:
         ValueError: the shapes do not fit; all faults at once.

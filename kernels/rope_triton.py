@@ -11,7 +11,7 @@ from minilora.kernels import tiles
 def turn_kernel(
     X,  # (B, H, T, D)
     COS, SIN,  # (B, 1, T, HALF), B by a stride of 0 where one serves all
-    OUT,  # (B, H, T, D)
+    OUT,  # (B, H, T, D); may be X
     H, T,
     stride_xb, stride_xh, stride_xt, stride_xd,  # in elements, as all strides here
     stride_cb, stride_ct, stride_cd, stride_sb, stride_st, stride_sd,
@@ -31,13 +31,14 @@ def turn_kernel(
     row = X + b * stride_xb + h64 * stride_xh + t * stride_xt
     x = tl.load(row + rd[None, :] * stride_xd, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(row + partner[None, :] * stride_xd, mask=inside & turns[None, :], other=0.0).to(tl.float32)
+    tl.debug_barrier()  # all threads have loaded before one stores: its element is another one's partner
     y = x * cos[None, :] + other * sin[None, :]
     tl.store(OUT + b * stride_ob + h64 * stride_oh + t * stride_ot + rd[None, :] * stride_od,
              y.to(OUT.dtype.element_ty), mask=inside)  # fmt: skip
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Writes what x turns into to out, both (B, H, T, D), of any strides."""
+    """Writes what x turns into to out, both (B, H, T, D), of any strides; out may be x."""
     B, H, T, D = x.shape
     cos, sin = (table.expand(B, -1, -1, -1) for table in (cos, sin))
     BH, BD, num_warps = tiles.for_heads(H, D)

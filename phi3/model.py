@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora.kernels.arithmetic import product_dtype
 from minilora.kernels.cross_entropy import IGNORE, head_cross_entropy
 from minilora.kernels.linear import Linear
+from minilora.kernels.remade import remade
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm
 from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu
@@ -38,8 +39,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if delta is None:
-            return x, rms_norm(x, self.weight, self.eps)
+            return x, self.normed(x)
         return add_rms_norm(x, delta, self.weight, self.eps)
+
+    def normed(self, h: Tensor) -> Tensor:
+        return rms_norm(h, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -73,7 +77,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        packed = self.gate_up_proj(x)  # (B, T, 2·I)
+        y = swiglu(packed)  # (B, T, I)
+        with remade(y, swiglu, packed):
+            return self.down_proj(y)
 
 
 class DecoderLayer(nn.Module):
@@ -90,8 +97,11 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         x, y = self.input_layernorm(x, delta)
-        x, y = self.post_attention_layernorm(x, self.self_attn(y, rotary, mask, cache))
-        return x, self.mlp(y)
+        with remade(y, self.input_layernorm.normed, x):
+            delta = self.self_attn(y, rotary, mask, cache)
+        x, y = self.post_attention_layernorm(x, delta)
+        with remade(y, self.post_attention_layernorm.normed, x):
+            return x, self.mlp(y)
 
 
 class Phi3Model(nn.Module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -77,13 +78,19 @@ def multiplications(run) -> int:
 
 def peak_bytes(run) -> int:
     """All that torch allocates in a call, at its most."""
-    now = most = 0
+    return max(accumulate(_allocations(run)), default=0)
+
+
+def held_bytes(run) -> int:
+    """What torch allocates in a call and what it returns holds on to, its graph included."""
+    held = []
+    return sum(_allocations(lambda: held.append(run())))
+
+
+def _allocations(run) -> list[int]:
+    """Bytes that are taken and, below 0, given back, in their order."""
     events = profiled(run, profile_memory=True).profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()) if event.name() == "[memory]"]
 
 
 def tiny_config(**fields) -> Phi3Config:

@@ -136,7 +136,10 @@ def test_the_floor_has_every_frozen_product_but_those_that_nobody_needs():
 
 def test_growth_changes_one_thing_at_a_time():
     plan = list(bench_peers.plan(bench_peers.parser().parse_args([])))
-    assert [[case.model for case in group] for group in plan[:-1]] == [["small"], ["small"], ["slice"], ["slice"]]
+    cases = [(256, 0.0), (256, 0.05), (1024, 0.0)]
+    assert [(case.model, case.tokens, case.dropout) for (case,) in plan[:-1]] == [
+        (model, *case) for model in ("small", "slice") for case in cases
+    ]
     base, *changed = [asdict(case) for case in plan[-1]]
     assert len(changed) == 4
     for case in changed:

@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
+from minilora.kernels import cross_entropy
 from minilora.kernels.cross_entropy import CHUNK, IGNORE, cross_entropy_reference, head_cross_entropy, losses_and_dlogits_
 from minilora.kernels.linear import Linear
 
 C, V = 24, 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_chunks():
+    """Of CHUNK rows, however few logits they have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "LOGITS", 1)
+        yield
+
+
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -119,6 +130,13 @@ def test_the_head_never_sees_more_rows_than_a_chunk_and_no_ignored_one():
     head_cross_entropy(head, x, labels).backward()
     assert max(head.rows) <= CHUNK
     assert sum(head.rows) == int((labels != IGNORE).sum())  # once each: forward's logits serve backward too
+
+
+def test_a_small_vocabulary_has_chunks_of_more_rows_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "LOGITS", 2**24)
+    assert [cross_entropy.chunk_rows("cpu", V) for V in (200064, 32064, 8192)] == [256, 523, 2048]
+    assert cross_entropy.chunk_rows("cpu") == 256
+    assert cross_entropy.chunk_rows("cuda", 32064) == cross_entropy.chunk_rows("cuda") == 1024
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept_for_backward():

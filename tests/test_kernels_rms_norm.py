@@ -26,7 +26,7 @@ def tensors(dtype=torch.float64, shape=(2, 3, 8)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_those_of_the_reference_bit_for_bit(dtype):
     x, delta, weight = tensors(dtype, (50, 96))
-    h, y = add_rms_norm(x, delta, weight, EPS)
+    h, y = add_rms_norm(x, delta.clone(), weight, EPS)
     assert torch.equal(h, x + delta)
     assert torch.equal(y, rms_norm_reference(h, weight, EPS))
     assert torch.equal(rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS))
@@ -34,7 +34,7 @@ def test_values_are_those_of_the_reference_bit_for_bit(dtype):
 
 def test_gradients_agree_with_finite_differences():
     x, delta, weight = tensors()
-    assert torch.autograd.gradcheck(lambda x, delta: add_rms_norm(x, delta, weight, EPS), [x, delta], fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, delta: add_rms_norm(x, delta.clone(), weight, EPS), [x, delta], fast_mode=True)
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, EPS), [x], fast_mode=True)
 
 
@@ -64,10 +64,18 @@ def test_only_the_sum_and_one_number_a_row_are_kept(dtype):
     assert any(t.data_ptr() == h.data_ptr() for t in kept)
 
 
+def test_the_sum_takes_the_memory_of_delta_and_who_keeps_that_for_its_backward_is_told():
+    x, delta, weight = tensors()
+    h, y = add_rms_norm(x, out := delta.exp(), weight, EPS)  # exp keeps its result
+    assert h.data_ptr() == out.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_a_gradient_of_one_result_alone_is_right():
     x, delta, weight = tensors()
     for i in range(2):
-        found = torch.autograd.grad(add_rms_norm(x, delta, weight, EPS)[i].square().sum(), [x, delta])
+        found = torch.autograd.grad(add_rms_norm(x, delta.clone(), weight, EPS)[i].square().sum(), [x, delta])
         expected = torch.autograd.grad(add_rms_norm_reference(x, delta, weight, EPS)[i].square().sum(), [x, delta])
         assert all(rms_error(one, other) < 1e-13 for one, other in zip(found, expected, strict=True))
 
@@ -76,7 +84,7 @@ def test_compiled_without_a_break_and_checkpointed_it_gives_the_same():
     x, delta, weight = tensors(torch.float32)
 
     def run(x, delta):
-        h, y = add_rms_norm(x, delta, weight, EPS)
+        h, y = add_rms_norm(x, delta.clone(), weight, EPS)
         return h * rms_norm(y, weight, EPS)
 
     eager = run(x, delta)

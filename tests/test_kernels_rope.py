@@ -23,25 +23,32 @@ def arguments(dtype=torch.float64, B=2, T=3, heads=4, kv_heads=2, D=6, half=2):
     return qkv, angles.cos().to(dtype), angles.sin().to(dtype), heads, kv_heads
 
 
-def test_it_gives_queries_keys_and_values_and_leaves_what_it_was_given():
+def test_it_gives_queries_keys_and_values_in_the_memory_of_what_it_was_given():
     qkv, *constants = arguments()
     before = qkv.detach().clone()
     q, k, v = rope(qkv, *constants)
     assert (q.shape, k.shape, v.shape) == ((2, 4, 3, 6), (2, 2, 3, 6), (2, 2, 3, 6))
-    assert torch.equal(qkv, before)
     assert torch.equal(v, before[..., 36:].view(2, 3, 2, 6).transpose(1, 2))
-    assert v.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
+    assert torch.equal(torch.cat([u.transpose(1, 2).flatten(2) for u in (q, k, v)], dim=-1), qkv)
+    assert {u.untyped_storage().data_ptr() for u in (q, k, v)} == {qkv.untyped_storage().data_ptr()}
+
+
+def test_who_keeps_the_projection_for_its_backward_is_told():
+    qkv, *constants = arguments()
+    q, _, _ = rope(qkv.exp(), *constants)  # exp keeps its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        q.sum().backward()
 
 
 def test_gradients_agree_with_finite_differences():
     qkv, *constants = arguments()
-    assert torch.autograd.gradcheck(lambda qkv: rope(qkv, *constants), [qkv], fast_mode=True)
+    assert torch.autograd.gradcheck(lambda qkv: rope(qkv.clone(), *constants), [qkv], fast_mode=True)
 
 
 @pytest.mark.parametrize("i", range(3))
 def test_a_gradient_of_one_result_alone_is_right(i):
     qkv, *constants = arguments()
-    found, expected = (torch.autograd.grad(f(qkv, *constants)[i].square().sum(), qkv)[0] for f in (rope, rope_reference))
+    expected, found = (torch.autograd.grad(f(qkv, *constants)[i].square().sum(), qkv)[0] for f in (rope_reference, rope))
     assert rms_error(found, expected) < 1e-13
 
 
@@ -56,7 +63,7 @@ def test_compiled_without_a_break_and_checkpointed_it_gives_the_same():
     qkv, *constants = arguments(torch.float32)
 
     def run(qkv):
-        return torch.cat([u.square() for u in rope(qkv, *constants)], dim=1)
+        return torch.cat([u.square() for u in rope(qkv.clone(), *constants)], dim=1)
 
     eager = run(qkv)
     (gradient,) = torch.autograd.grad(eager.sum(), qkv)
@@ -71,7 +78,7 @@ def test_compiled_without_a_break_and_checkpointed_it_gives_the_same():
 
 def test_tables_of_another_dtype_are_rounded_to_that_of_qkv():
     qkv, cos, sin, *heads = arguments(torch.bfloat16)
-    results = rope(qkv, cos.float(), sin.float(), *heads)
+    results = rope(qkv.clone(), cos.float(), sin.float(), *heads)
     assert all(torch.equal(one, other) for one, other in zip(results, rope(qkv, cos, sin, *heads), strict=True))
 
 

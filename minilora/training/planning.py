@@ -46,6 +46,7 @@ from minilora.training.loop import total_steps
 # environment, each tensor has pages of its own, and there are none.
 HOLES = 0.2
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+REMADE = ("qkv_proj", "gate_up_proj", "down_proj")  # what these read is not kept but made again (kernels.remade)
 CALIBRATED = 512  # tokens that the layer is timed with, at most; beyond, a product takes its time by the token
 SECONDS = 1.0  # spent on each of the rates at least, after a first run that counts for nothing
 
@@ -126,26 +127,39 @@ def _stored(weight: Tensor, four_bit: bool | None) -> int:
 
 def kept(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that the layers keep for backward."""
-    sizes, d = model.config, model.lm_head.weight.element_size()
+    sizes, d, L = model.config, model.lm_head.weight.element_size(), model.config.num_hidden_layers
     a = product_dtype(model.lm_head.weight.dtype, torch.device(device)).itemsize  # of attention
-    C, H, L, N = sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers, batch.tokens
+    mask = batch.length * a if config.packing else 0  # once for all layers, T numbers for each token
+    if not config.gradient_checkpointing:
+        return batch.tokens * (mask + _kept_of_a_token(model, d, a, device))
+    remade = sum(layer.in_features for layer in _adapted_projections(model, REMADE).values()) * d  # but for checkpointing
+    return batch.tokens * (mask + sizes.hidden_size * d * L + (_kept_of_a_token(model, d, a, device) + remade) // L)
+
+
+def _kept_of_a_token(model: nn.Module, d: int, a: int, device: str) -> int:
+    sizes, H, L = model.config, model.config.num_attention_heads, model.config.num_hidden_layers
     packed = sum(sizes.qkv_sizes.values()), sum(sizes.gate_up_sizes.values())  # (H + 2Hkv)·D, 2I
-    elements = L * (2 * C + packed[1])
+    elements = L * (2 * sizes.hidden_size + packed[1])
     attention = L * (packed[0] + H * sizes.head_dim)
     statistics = L * 4 * (H + 2)  # in float32: the logarithms of attention's sums, and ρ of both norms
-    for path, layer in adapted_layers(model).items():
-        if isinstance(layer, Linear) and layer is not model.lm_head:
-            shared = path.endswith("o_proj") and a == d  # what o_proj reads is attention's output, kept already
-            elements += (0 if shared else layer.in_features) + layer.lora_A.shape[0]
-    mask = batch.length * a if config.packing else 0  # once for all layers, T numbers for each token
-    total = elements * d + attention * a + statistics  # of one token
-    return N * (mask + (C * d * L + total // L if config.gradient_checkpointing else total))
+    masks = 0
+    for path, layer in _adapted_projections(model).items():
+        shared = path.endswith("o_proj") and a == d  # what o_proj reads is attention's output, kept already
+        elements += (0 if shared or path.endswith(REMADE) else layer.in_features) + layer.lora_A.shape[0]
+        masks += layer.in_features if layer.lora_dropout and torch.device(device).type == "cpu" else 0
+    return elements * d + attention * a + statistics + masks
+
+
+def _adapted_projections(model: nn.Module, names: tuple[str, ...] = ("",)) -> dict[str, Linear]:
+    """The layers with adapters in the decoder, of these names."""
+    layers = {path: layer for path, layer in adapted_layers(model).items() if isinstance(layer, Linear) and path.endswith(names)}
+    return {path: layer for path, layer in layers.items() if layer is not model.lm_head}
 
 
 def transient(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that come and go at the peak, beside the activations: at the head, or in the backward of the last MLP."""
     sizes, d = model.config, model.lm_head.weight.element_size()
-    rows, gpu = min(chunk_rows(device), batch.targets), torch.device(device).type != "cpu"
+    rows, gpu = min(chunk_rows(device, sizes.vocab_size), batch.targets), torch.device(device).type != "cpu"
     # Logits become their own gradient; where they are not in float32 a CPU has a copy that is. Beside them lies all of dX.
     logits = rows * sizes.vocab_size * (d if d == 4 or gpu else d + 4) + (batch.tokens + rows) * sizes.hidden_size * d
     if config.gradient_checkpointing:  # the head is done before the last layer is computed again
@@ -206,7 +220,7 @@ def _layer_rates(model: nn.Module, batch: Batch, device: str, quantize: str | No
 
 def _head_rate(model: nn.Module, device: str) -> float:
     head = _made_real(model.lm_head, device, None).requires_grad_(False)
-    rows = chunk_rows(device)
+    rows = chunk_rows(device, len(head.weight))
     x = torch.randn(rows, model.config.hidden_size, dtype=head.weight.dtype, device=device, requires_grad=True)
     labels = torch.zeros(rows, dtype=torch.long, device=device)
     return head_flops(model, rows) / _time(lambda: head_cross_entropy(head, x, labels).backward(), device)
