@@ -27,7 +27,7 @@ def remade(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Iter
         yield
         return
     known = vars(_thread).setdefault("known", {})  # results by their memory, which none else has until this block ends
-    known[_memory(result)] = result.shape, partial(make, *(tensor.detach() for tensor in inputs))
+    known[_memory(result)] = result.shape, partial(make, *inputs)
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield

@@ -198,7 +198,7 @@ def main(place: Path) -> None:
         "four": run(place / "four", 4, train),
         "split": run(place / "split", 2, train, shard=True),
         "infinite": run(place / "infinite", 2, is_infinite),
-        "best": run(place / "best", 2, train, load_best_model_at_end=True, learning_rate=10.0),
+        "best": run(place / "best", 2, train, load_best_model_at_end=True, learning_rate=1.0),
         "laws": run(place / "laws", 2, small_laws),
         "writes": run(place / "writes", 2, only_rank_0_writes),
         "dies": run(place / "dies", 2, dies),

@@ -8,16 +8,19 @@ from helpers import tiny_config
 from without_gpu import counting
 
 from benchmarks import (
+    bench_compiled,
     bench_drift,
     bench_family,
     bench_lines,
     bench_lora_linear,
     bench_parity,
+    bench_parts,
     bench_plan,
     bench_qlora,
     bench_static,
     bench_true_size,
 )
+from benchmarks.peers.case import Case
 from minilora import phi3
 from minilora.adapters.trainable import count_parameters
 from minilora.kernels import cross_entropy
@@ -131,6 +134,26 @@ def test_the_static_benchmark_counts_what_elementwise_operations_move(name):
     assert 1 <= line["ours bytes / least"] < 1.02
     assert line["eager bytes / least"] > 1.4
     assert not any(line[f"spilled bytes on sm_{arch}"] for arch in (80, 89, 90))
+
+
+def test_a_compiled_step_is_held_to_the_plain_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
+    row = bench_compiled.measure(Case("tiny", 16), rounds=1, backend="aot_eager")
+    assert row["error"] < 1e-6
+    assert row["compiled_over_eager"] == row["seconds_compiled"] / row["seconds_eager"]
+
+
+def test_the_parts_of_a_step_are_told_over_its_frozen_products(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    row = bench_parts.measure(Case("tiny", 16, threads=1), rounds=1)
+    parts = {"attention", "norms, rotation, SwiGLU", "adapter's products"}
+    assert row["over_floor"].keys() == {"step", bench_parts.BFLOAT16, "frozen products", *parts}
+    assert row["over_floor"]["frozen products"] == 1
+    assert all(0 < row["seconds"][name] < row["seconds"]["step"] for name in parts)
+    line = bench_parts.table([row]).splitlines()[-1]
+    assert line.startswith("| tiny, 2 × 16 | 0.0")
+    assert line.count("|") == 8
 
 
 def test_the_drift_benchmark_holds_each_way_to_float32(tiny_checkpoint, tmp_path):

@@ -122,3 +122,12 @@ def test_it_spares_the_memory_of_what_it_makes_again():
         h.sum().backward()
 
     assert peak_bytes(lambda: deep(False)) < 0.7 * peak_bytes(lambda: deep(True))
+
+
+def test_a_second_derivative_passes_through_what_is_made_again():
+    x, w = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for keeps in (False, True):
+        (dw,) = torch.autograd.grad(run(x, w, keeps).square().sum(), w, create_graph=True)
+        found.append(torch.autograd.grad(dw.sum(), x)[0])
+    torch.testing.assert_close(*found)

@@ -13,7 +13,7 @@ import torch
 from killed_runs import ACCESSES, MOMENTS
 
 import minilora as lora
-from benchmarks import bench_family, bench_lines, bench_parity, bench_plan, bench_predicted, protocol
+from benchmarks import bench_family, bench_lines, bench_parity, bench_parts, bench_plan, bench_predicted, protocol
 from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
 from benchmarks.peers.tables import tables
@@ -204,6 +204,7 @@ TABLES = {
     "family": bench_family.table,
     "lines": bench_lines.table,
     "parity": bench_parity.table,
+    "parts": bench_parts.table,
     "peers": tables,
     "plan": bench_plan.table,
     "predicted": bench_predicted.report,

@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from minilora.training.memory import peak_memory
@@ -27,3 +29,31 @@ def test_memory_is_counted_in_bytes():
 def test_nothing_is_told_where_the_system_does_not_count(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory(torch.device("cpu")) is None
+
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from minilora.training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+before = held()
+for _ in range(2):
+    blocks = [bytearray(2**20) for _ in range(200)]
+    del blocks
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_what_is_freed_is_kept_unless_the_environment_decides():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+    def held(argument, **variables):
+        command = [sys.executable, "-c", HOLD, argument]
+        return int(subprocess.run(command, env=environment | variables, check=True, capture_output=True, text=True).stdout)
+
+    assert held("keep") > 190 * 2**20
+    assert held("leave") < 50 * 2**20
+    assert held("keep", MALLOC_MMAP_THRESHOLD_="65536") < 50 * 2**20

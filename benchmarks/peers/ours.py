@@ -1,4 +1,4 @@
-"""minilora: its decoder with its adapters."""
+"""minilora: its decoder with its adapters, in the memory that its training loop keeps."""
 
 from side import TARGETS, Adapter, Settings
 from torch import Tensor, nn
@@ -8,10 +8,12 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.injection import inject
 from minilora.adapters.layers import adapted_layers
 from minilora.adapters.trainable import mark_only_lora_as_trainable
+from minilora.training.memory import keep_freed_memory
 
 
 def build(folder: str, config: dict, settings: Settings) -> nn.Module:
     """The model of a checkpoint folder in training mode, its base frozen, with adapters on all projections."""
+    keep_freed_memory()  # as lora.train does
     model = phi3.load(folder)
     inject(model, LoraConfig(settings.r, settings.alpha, settings.dropout, target_modules=list(TARGETS)))
     mark_only_lora_as_trainable(model)

@@ -23,6 +23,7 @@ from minilora.training.config import TrainConfig
 from minilora.training.distributed import broadcast, largest, of_this_rank, rank, sum_gradients, summed, train_batch_size
 from minilora.training.interruption import Interrupted, deferred_signals
 from minilora.training.loraplus import parameter_groups
+from minilora.training.memory import keep_freed_memory
 from minilora.training.numerics import named_anomalies
 from minilora.training.questions import Questions
 from minilora.training.recorder import Recorder, TrainResult
@@ -69,6 +70,7 @@ def train(
     output_dir = Path(output_dir) if output_dir else None
     checkpoint = find_resumed(resume, output_dir) if resume else None
     _check(model, dataset, config, eval_dataset, questions, output_dir, checkpoint)
+    keep_freed_memory()
     _set_gradient_checkpointing(model, config.gradient_checkpointing)
     rows = pack(dataset, config.max_seq_length) if config.packing else dataset
     total = total_steps(len(rows), config)

@@ -4,8 +4,8 @@ Letters as in phi3.model; N = B·T tokens of a batch, n of them with a loss, d b
 projections. In bytes, for a model whose base is frozen:
 
     fixed      d · weights (about half a byte where 4-bit) + adapter · (1 itself + 1 gradient + 2 moments of AdamW)
-    kept       N · d · L · (2C + (H + 2Hkv)·D + H·D + 2I + what the adapted projections read)      until backward
-               N · d · (L·C + that of one layer)                                                  with checkpointing
+    kept       N · d · L · (2C + (H + 2Hkv)·D + H·D + 2I)                    until backward, which makes the rest again
+               N · d · (L·C + that of one layer, and what its adapted projections read)           with checkpointing
     transient  the larger of a chunk of logits with the gradient of the head's input, and the backward of one MLP
     peak       fixed + kept + holes in the heap of a CPU + transient
 
