@@ -98,7 +98,7 @@ def _forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, drawn: Tensor | None,
     scaling: float, dropout: float, edges: list[int], parts: list[Tensor], N: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         adapter = lora_A.contiguous(), lora_B.contiguous()
         weight, dtype = _weight(weight, parts, N, x), linear_dtype(x)
         bias = None if bias is None else bias.to(dtype)
@@ -180,7 +180,7 @@ def lora_linear(
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, differentiable once in every tensor that asks for a gradient.
 
-    A torch operation, minilora::lora_linear: it works under torch.compile, activation checkpointing and autocast.
+    It works under torch.compile, whose graphs have it as minilora::lora_linear, under activation checkpointing and autocast.
 
     Args:
         x: (..., K), float32, bfloat16 or float16 (float64 in plain PyTorch).

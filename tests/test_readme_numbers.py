@@ -16,6 +16,7 @@ import minilora as lora
 from benchmarks import bench_family, bench_lines, bench_parity, bench_parts, bench_plan, bench_predicted, protocol
 from benchmarks.bench_qlora import TARGETS
 from benchmarks.bench_true_size import PHI_3_MINI
+from benchmarks.peers.environments import LIBRARIES
 from benchmarks.peers.tables import tables
 from minilora import phi3
 from minilora.data.token_cache import LIMIT
@@ -188,6 +189,18 @@ def test_the_bytes_of_a_layer_are_those_of_the_committed_result():
     assert f"one training step of a layer moves ({row['tokens']:,} tokens, r {row['r']}, bfloat16)" in README
     assert f"{min(ours):.2f} to {max(ours):.2f} times the least that could be moved" in README
     assert f"by eager PEFT {min(theirs):.2f} to {max(theirs):.2f} times" in README
+
+
+def test_the_table_of_other_libraries_is_that_of_the_committed_comparison():
+    rows = {(row["library"], row["model"], row["tokens"], row["dropout"]): row for row in COMMITTED["peers"] if row["r"] == 16}
+    libraries = dict.fromkeys(library for library, *_ in rows)
+    assert list(libraries) == [library.name for library in LIBRARIES.values()]
+    for library in libraries:
+        over = [f"{rows[library, model, 256, p]['wall_over_floor']:.2f}" for model in ("small", "slice") for p in (0.0, 0.05)]
+        memory = [f"{rows[library, model, 256, 0.0]['bytes_of_step'] / 1e6:.0f} MB" for model in ("small", "slice")]
+        first = rows[library, "small", 256, 0.0]
+        cells = [*over, *memory, f"{first['seconds_to_first_step']:.1f}", first["distributions"]]
+        assert f"| {library} | {' | '.join(map(str, cells))} |" in README
 
 
 def test_the_predicted_table_is_that_of_the_committed_prediction():
