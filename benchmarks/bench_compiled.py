@@ -12,7 +12,7 @@ from torch import nn
 
 import minilora as lora
 from benchmarks import protocol
-from benchmarks.peers.case import ALPHA, BATCH, MODELS, SEED, Case, write_checkpoint
+from benchmarks.peers.case import ALPHA, MODELS, SEED, Case, write_checkpoint
 from benchmarks.peers.side import TARGETS
 from minilora import phi3
 
@@ -31,7 +31,7 @@ def measure(case: Case, rounds: int = ROUNDS, backend: str = "inductor") -> dict
     model = phi3.load(write_checkpoint(case.model)).train()
     lora.inject(model, lora.LoraConfig(case.r, ALPHA, case.dropout, target_modules=list(TARGETS)))
     lora.mark_only_lora_as_trainable(model)
-    ids = torch.randint(3, MODELS[case.model].vocab_size, (BATCH, case.tokens))
+    ids = torch.randint(3, MODELS[case.model].vocab_size, (case.batch, case.tokens))
     ways = {"eager": model, "compiled": torch.compile(model, fullgraph=True, backend=backend)}
     first = {name: step(way, model, ids) for name, way in ways.items()}
     seconds = {name: [] for name in ways}

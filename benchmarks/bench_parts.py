@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import protocol
 from benchmarks.peers import ours
-from benchmarks.peers.case import ALPHA, BATCH, MODELS, SEED, Case, write_checkpoint
+from benchmarks.peers.case import ALPHA, MODELS, SEED, Case, write_checkpoint
 from benchmarks.peers.floor import Floor
 from benchmarks.peers.side import Settings, read_config
 from minilora.adapters.layers import adapted_layers
@@ -27,7 +27,7 @@ from minilora.kernels.swiglu import swiglu
 from minilora.phi3 import Phi3Config
 
 BFLOAT16 = "step, bfloat16 base"
-CASES = Case("small"), Case("small", 1024), Case("slice"), Case("slice", 1024)
+CASES = Case("small"), Case("small", 1024, batch=1), Case("slice"), Case("slice", 1024, batch=1)
 ROUNDS = 5
 
 
@@ -44,13 +44,13 @@ def measure(case: Case, rounds: int = ROUNDS) -> dict:
     torch.set_num_threads(case.threads)
     folder, sizes = str(write_checkpoint(case.model)), MODELS[case.model]
     model = ours.build(folder, read_config(folder), Settings(case.r, ALPHA, case.dropout))
-    ids = torch.randint(3, sizes.vocab_size, (BATCH, case.tokens))
-    floor = Floor(read_config(folder), BATCH, case.tokens)
+    ids = torch.randint(3, sizes.vocab_size, (case.batch, case.tokens))
+    floor = Floor(read_config(folder), case.batch, case.tokens)
     runs = {"step": step_of(model, ids), BFLOAT16: step_of(rounded(model), ids), "frozen products": lambda: floor.seconds()[0]}
     whole = set(runs)
     runs |= {name: _clocked(run) for name, run in parts(sizes, case).items()}
     adapters = {layer.weight.shape: layer for layer in adapted_layers(model).values()}  # of one decoder layer
-    products = [_clocked(adapter_products(layer, BATCH * case.tokens)) for layer in adapters.values()]
+    products = [_clocked(adapter_products(layer, case.batch * case.tokens)) for layer in adapters.values()]
     runs["adapter's products"] = lambda: sum(run() for run in products)
     for run in runs.values():
         run()
@@ -59,7 +59,7 @@ def measure(case: Case, rounds: int = ROUNDS) -> dict:
         for name, run in runs.items():
             found[name].append(run() * (1 if name in whole else sizes.num_hidden_layers))
     seconds = {name: statistics.median(times) for name, times in found.items()}
-    row = {"model": case.model, "batch": BATCH, "tokens": case.tokens, "threads": case.threads, "r": case.r}
+    row = {"model": case.model, "batch": case.batch, "tokens": case.tokens, "threads": case.threads, "r": case.r}
     row["bfloat16"] = arithmetic.describe(torch.bfloat16, ids.device)
     row |= {"seconds": seconds, "over_floor": {name: t / seconds["frozen products"] for name, t in seconds.items()}}
     print(json.dumps(row), flush=True)
@@ -88,7 +88,7 @@ def rounded(model: nn.Module) -> nn.Module:
 
 def parts(sizes: Phi3Config, case: Case) -> dict[str, Callable[[], None]]:
     """Those of one layer that are no linear layer, forward and backward."""
-    B, T, C, D = BATCH, case.tokens, sizes.hidden_size, sizes.head_dim
+    B, T, C, D = case.batch, case.tokens, sizes.hidden_size, sizes.head_dim
     H, Hkv, half = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.rotary_dim // 2
     q, k, v = (torch.randn(B, T, heads, D).transpose(1, 2).requires_grad_() for heads in (H, Hkv, Hkv))
     qkv, packed = torch.randn(B, T, (H + 2 * Hkv) * D), torch.randn(B, T, 2 * sizes.intermediate_size)

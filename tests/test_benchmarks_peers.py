@@ -16,6 +16,7 @@ from benchmarks import bench_peers
 from benchmarks.peers import environments, floor
 from benchmarks.peers.case import Case
 from benchmarks.peers.contender import Contender
+from benchmarks.peers.process import Process
 from benchmarks.peers.side import Adapter
 from benchmarks.peers.tables import tables
 
@@ -136,14 +137,24 @@ def test_the_floor_has_every_frozen_product_but_those_that_nobody_needs():
 
 def test_growth_changes_one_thing_at_a_time():
     plan = list(bench_peers.plan(bench_peers.parser().parse_args([])))
-    cases = [(256, 0.0), (256, 0.05), (1024, 0.0)]
-    assert [(case.model, case.tokens, case.dropout) for (case,) in plan[:-1]] == [
-        (model, *case) for model in ("small", "slice") for case in cases
-    ]
-    base, *changed = [asdict(case) for case in plan[-1]]
+    cases = [(case.model, case.batch, case.tokens, case.dropout) for group in plan for case in group if len(group) == 1]
+    assert cases[:4] == [(model, 2, 256, dropout) for model in ("small", "slice") for dropout in (0.0, 0.05)]
+    assert cases[4:] == [(model, 1, 1024, 0.0) for model in ("small", "slice")]
+    base, *changed = [asdict(case) for case in plan[4]]
     assert len(changed) == 4
     for case in changed:
         assert sum(case[name] != base[name] for name in base) == 1
+
+
+def test_a_library_whose_process_is_killed_has_a_row_that_says_why(tmp_path):
+    contender = Contender("loralib_layers", HERE, tmp_path)
+    contender.begin(CASES[0])
+    contender.process = Process("loralib_layers", HERE, 1, tmp_path / "log")
+    contender.process.process.kill()
+    contender.process.process.wait()
+    contender.attempt(contender.turn)
+    assert contender.row["failed"]
+    assert contender.process is None
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ MODELS = {
     "slice": phi3.Phi3Config(num_hidden_layers=2, original_max_position_embeddings=4096),  # of Phi-3-mini's true widths
     "tiny": tiny_config(original_max_position_embeddings=1024),
 } | {f"{n} layers": dataclasses.replace(NARROW, num_hidden_layers=n) for n in (4, 8)}
-BATCH, ALPHA, SEED = 2, 32, 0
+ALPHA, SEED = 32, 0
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Case:
     """A model of MODELS, and the settings of one step of it."""
 
     model: str
-    tokens: int = 256  # of each of the BATCH sequences
+    tokens: int = 256  # of each sequence
     dropout: float = 0.0
     threads: int = 2
     r: int = 16
+    batch: int = 2
 
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout}" if self.dropout else ""
-        return f"{self.model}, {BATCH} × {self.tokens} tokens, r {self.r}{dropout}, {self.threads} threads"
+        return f"{self.model}, {self.batch} × {self.tokens} tokens, r {self.r}{dropout}, {self.threads} threads"
 
 
 def write_checkpoint(model: str) -> Path:
@@ -58,12 +59,12 @@ def write_checkpoint(model: str) -> Path:
 
 
 def write_start(case: Case, folder: Path) -> Path:
-    """A file with input_ids (BATCH, T), and A and B of every projection, neither zero, by their paths."""
+    """A file with input_ids (B, T), and A and B of every projection, neither zero, by their paths."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.device("meta"):
         meta = phi3.Phi3ForCausalLM(MODELS[case.model])
     config = read_config(write_checkpoint(case.model))
-    start = {"input_ids": torch.randint(3, config["vocab_size"], (BATCH, case.tokens), generator=generator)}
+    start = {"input_ids": torch.randint(3, config["vocab_size"], (case.batch, case.tokens), generator=generator)}
     for path in (path for paths in layer_paths(config) for path in paths.values()):
         N, K = meta.get_submodule(path).weight.shape
         start[f"{path}.lora_A"] = torch.randn(case.r, K, generator=generator) / K**0.5

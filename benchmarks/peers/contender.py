@@ -8,7 +8,7 @@ from statistics import median
 from safetensors.torch import load_file
 
 from benchmarks import protocol
-from benchmarks.peers.case import ALPHA, BATCH, SEED, Case
+from benchmarks.peers.case import ALPHA, SEED, Case
 from benchmarks.peers.environments import LIBRARIES
 from benchmarks.peers.process import Process
 from tests.helpers import rms_error
@@ -29,7 +29,7 @@ class Contender:
     def begin(self, case: Case) -> None:
         """A new row."""
         self.case, self.steps, self.floors = case, [], []
-        self.row = {"library": LIBRARIES[self.module].name, "device": protocol.machine()["cpu"], "batch": BATCH}
+        self.row = {"library": LIBRARIES[self.module].name, "device": protocol.machine()["cpu"]}
         self.row |= dataclasses.asdict(case) | self.environment
 
     def attempt(self, part, *arguments) -> None:

@@ -1,5 +1,6 @@
 """The worker process of one library, as whoever measures it sees it."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -47,6 +48,7 @@ class Process:
         return found
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and not taken its last request
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
