@@ -18,8 +18,8 @@ class Floor:
 
     def __init__(self, config: dict, B: int, T: int):
         self.products = products(config, B, T)
-        size = max(max(M * K, K * N, M * N) for M, K, N in self.products)
-        self.left, self.right, self.out = (torch.ones(size) for _ in range(3))
+        sizes = zip(*((M * K, K * N, M * N) for M, K, N in self.products), strict=True)
+        self.left, self.right, self.out = (torch.ones(max(each)) for each in sizes)
 
     def seconds(self) -> tuple[float, float]:
         """Wall and CPU seconds of all products, each shape timed and multiplied by how often a step has it."""
