@@ -14,17 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import minilora as lora
 from benchmarks import protocol
-from benchmarks.peers import ours
 from benchmarks.peers.case import ALPHA, MODELS, SEED, Case, write_checkpoint
 from benchmarks.peers.floor import Floor
-from benchmarks.peers.side import Settings, read_config
+from benchmarks.peers.side import TARGETS, read_config
+from minilora import phi3
 from minilora.adapters.layers import adapted_layers
 from minilora.kernels import arithmetic, lora_linear_torch
 from minilora.kernels.rms_norm import add_rms_norm
 from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu
 from minilora.phi3 import Phi3Config
+from minilora.training.memory import keep_freed_memory
 
 BFLOAT16 = "step, bfloat16 base"
 CASES = Case("small"), Case("small", 1024, batch=1), Case("slice"), Case("slice", 1024, batch=1)
@@ -43,7 +45,10 @@ def measure(case: Case, rounds: int = ROUNDS) -> dict:
     torch.manual_seed(SEED)
     torch.set_num_threads(case.threads)
     folder, sizes = str(write_checkpoint(case.model)), MODELS[case.model]
-    model = ours.build(folder, read_config(folder), Settings(case.r, ALPHA, case.dropout))
+    keep_freed_memory()  # as lora.train does
+    model = phi3.load(folder).train()
+    lora.inject(model, lora.LoraConfig(case.r, ALPHA, case.dropout, target_modules=list(TARGETS)))
+    lora.mark_only_lora_as_trainable(model)
     ids = torch.randint(3, sizes.vocab_size, (case.batch, case.tokens))
     floor = Floor(read_config(folder), case.batch, case.tokens)
     runs = {"step": step_of(model, ids), BFLOAT16: step_of(rounded(model), ids), "frozen products": lambda: floor.seconds()[0]}
@@ -71,7 +76,7 @@ def step_of(model: nn.Module, ids: Tensor) -> Callable[[], float]:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
 
     def step() -> None:
-        ours.loss(model, ids).backward()
+        model(ids, labels=ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -200,7 +200,13 @@ def test_the_table_of_other_libraries_is_that_of_the_committed_comparison():
         memory = [f"{rows[library, model, 256, 0.0]['bytes_of_step'] / 1e6:.0f} MB" for model in ("small", "slice")]
         first = rows[library, "small", 256, 0.0]
         cells = [*over, *memory, f"{first['seconds_to_first_step']:.1f}", first["distributions"]]
+        cells.append(f"{first['bytes_installed'] / 1e6:.0f} MB")
         assert f"| {library} | {' | '.join(map(str, cells))} |" in README
+    ours = next(iter(libraries))
+    for (library, *case), row in rows.items():  # what README says of them, and only of these models
+        if row["model"] in ("small", "slice") and library != ours:
+            assert row["wall_seconds"] > rows[ours, *case]["wall_seconds"]
+            assert row["bytes_of_step"] > rows[ours, *case]["bytes_of_step"]
 
 
 def test_the_predicted_table_is_that_of_the_committed_prediction():
