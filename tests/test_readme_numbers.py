@@ -197,16 +197,34 @@ def test_the_table_of_other_libraries_is_that_of_the_committed_comparison():
     assert list(libraries) == [library.name for library in LIBRARIES.values()]
     for library in libraries:
         over = [f"{rows[library, model, 256, p]['wall_over_floor']:.2f}" for model in ("small", "slice") for p in (0.0, 0.05)]
-        memory = [f"{rows[library, model, 256, 0.0]['bytes_of_step'] / 1e6:.0f} MB" for model in ("small", "slice")]
+        memory = [f"{rows[library, model, 256, 0.0]['bytes_of_step'] / 1e6:,.0f} MB" for model in ("small", "slice")]
         first = rows[library, "small", 256, 0.0]
         cells = [*over, *memory, f"{first['seconds_to_first_step']:.1f}", first["distributions"]]
-        cells.append(f"{first['bytes_installed'] / 1e6:.0f} MB")
+        cells.append(f"{first['bytes_installed'] / 1e6:,.0f} MB")
         assert f"| {library} | {' | '.join(map(str, cells))} |" in README
     ours = next(iter(libraries))
     for (library, *case), row in rows.items():  # what README says of them, and only of these models
         if row["model"] in ("small", "slice") and library != ours:
             assert row["wall_seconds"] > rows[ours, *case]["wall_seconds"]
             assert row["bytes_of_step"] > rows[ours, *case]["bytes_of_step"]
+
+
+def test_the_parts_of_a_step_are_those_of_the_committed_result():
+    small, two = (row["over_floor"] for row in COMMITTED["parts"] if row["tokens"] == 256)
+    for part, words in (
+        ("attention", "attention takes {} of it and"),
+        ("adapter's products", "the adapter's products {},"),
+        ("norms, rotation, SwiGLU", "norms, rotation and SwiGLU take {} and"),
+        ("step, bfloat16 base", "a step takes {} and"),
+        ("step", "of the floor for {} and"),
+    ):
+        assert words.format(f"{small[part]:.2f}") in README
+    found = [f"{two[part]:.2f}" for part in ("attention", "adapter's products", "norms, rotation, SwiGLU", "step, bfloat16 base")]
+    assert "of the two layers {} and {}; norms, rotation and SwiGLU take".format(*found[:2]) in README
+    assert f"and {found[2]} ([figures]" in README
+    assert f"and {found[3]} of the floor for" in README
+    assert f"and {two['step']:.2f} in float32" in README
+    assert all(row["step, bfloat16 base"] < 1.15 * row["step"] for row in (small, two))
 
 
 def test_the_predicted_table_is_that_of_the_committed_prediction():
