@@ -212,8 +212,9 @@ def _layer_rates(model: nn.Module, batch: Batch, device: str, quantize: str | No
     layer = _made_real(model.model.layers[0], device, quantize).train()
     tables = [torch.ones(1, 1, T, sizes.rotary_dim // 2, dtype=dtype, device=device) for _ in "cs"]
     x = torch.randn(batch.rows, T, sizes.hidden_size, dtype=dtype, device=device, requires_grad=True)
-    both = _time(lambda: sum(layer(x, x, tables, None, None)).sum().backward(), device)
-    alone = _time(torch.no_grad()(lambda: layer(x, x, tables, None, None)), device)
+    delta = torch.zeros_like(x, requires_grad=True)  # which the layer may overwrite
+    both = _time(lambda: sum(layer(x, delta, tables, None, None)).sum().backward(), device)
+    alone = _time(torch.no_grad()(lambda: layer(x, delta, tables, None, None)), device)
     L = sizes.num_hidden_layers
     return layer_flops(model, batch) / L / both, forward_flops(model, batch) / L / alone
 
