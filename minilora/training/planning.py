@@ -41,10 +41,10 @@ from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.training.config import TrainConfig
 from minilora.training.loop import total_steps
 
-# glibc's heap keeps holes between tensors, about a fifth of what all layers would keep, with checkpointing too: measured on the
-# demo's model at 4 × 256 tokens, 200 MB beside 1,038, and with checkpointing 190 beside 105. With this variable at 65536 in the
-# environment, each tensor has pages of its own, and there are none.
-HOLES = 0.2
+# glibc's heap keeps holes between tensors, about a third of what all layers would keep, with checkpointing too: measured on the
+# demo's model at 4 × 128 tokens, 110 MB beside 358, and with checkpointing 164. With this variable at 65536 in the environment,
+# each tensor has pages of its own, and there are none.
+HOLES = 0.35
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 REMADE = ("qkv_proj", "gate_up_proj", "down_proj")  # what these read is not kept but made again (kernels.remade)
 CALIBRATED = 512  # tokens that the layer is timed with, at most; beyond, a product takes its time by the token
