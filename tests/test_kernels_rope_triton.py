@@ -122,3 +122,4 @@ def test_the_kernel_is_sound_machine_code(arch, heads, kv_heads, D, half, dtype)
         assert kernel.registers <= 64
         assert ".v4" in kernel.ptx
         assert loads_before_stores(kernel.ptx)
+        assert not loads_before_stores(kernel.ptx.replace("bar.sync", "nop"))
