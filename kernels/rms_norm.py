@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.kernels import backend
+from minilora.kernels.scratch import with_slack
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,7 +32,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def forward(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, ρ) in PyTorch, in the memory of y: fresh pages cost a CPU more than the arithmetic."""
     wide = _at_least_float32(h)
-    y = wide.square()
+    y = torch.square(wide, out=with_slack(wide, wide.shape))
     rho = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # (…, 1)
     return torch.mul(wide, rho, out=y).to(h.dtype).mul_(weight), rho
 

@@ -1,9 +1,10 @@
-"""Memory that a thread uses again for what it forgets at once.
+"""Memory for what is forgotten soon: what a thread uses again, and what others can have afterwards.
 
 On a CPU a large buffer made anew comes from the system page by page, and the first touch of its pages can cost as much as the
 arithmetic on them; whether it does differs from process to process.
 """
 
+import math
 import threading
 
 import torch
@@ -24,3 +25,13 @@ def scratch(use: str, n: int, dtype: torch.dtype, device: torch.device) -> Tenso
         rooms.pop(use, None)  # before its successor is made
         rooms[use] = torch.empty(size, dtype=torch.uint8)
     return rooms[use][:size].view(dtype)
+
+
+def with_slack(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of a shape, in a 256th more memory than it needs, for what is freed while its successors stay.
+
+    glibc's aligned allocation never takes a hole of just its own size. With some slack what stays can lie where a tensor as large
+    was, or two of them where a larger one was: 35 of 57 MB that a step of 30 layers left unused between what it keeps.
+    """
+    n = math.prod(shape)
+    return like.new_empty(n + n // 256 + 64)[:n].view(shape)  # 64: room for two of glibc's headers and the alignment of both

@@ -1,6 +1,7 @@
 """head_cross_entropy against the float64 run of its reference: loss, gradients, memory, and what it refuses."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -134,9 +135,18 @@ def test_the_head_never_sees_more_rows_than_a_chunk_and_no_ignored_one():
 
 def test_a_small_vocabulary_has_chunks_of_more_rows_on_a_cpu(monkeypatch):
     monkeypatch.setattr(cross_entropy, "LOGITS", 2**24)
-    assert [cross_entropy.chunk_rows("cpu", V) for V in (200064, 32064, 8192)] == [256, 523, 2048]
-    assert cross_entropy.chunk_rows("cpu") == 256
-    assert cross_entropy.chunk_rows("cuda", 32064) == cross_entropy.chunk_rows("cuda") == 1024
+    assert [cross_entropy.chunk_rows(2**11, "cpu", V) for V in (200064, 32064, 8192)] == [256, 512, 2048]
+    assert cross_entropy.chunk_rows(2**11, "cpu") == 256
+    assert cross_entropy.chunk_rows(2**11, "cuda", 32064) == cross_entropy.chunk_rows(2**11, "cuda") == 1024
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["cpu", "cuda"]), st.integers(1, 300_000))
+def test_chunks_are_as_few_as_can_be_and_of_one_size(n, device, V):
+    most, rows = cross_entropy.chunk_rows(2**40, device, V), cross_entropy.chunk_rows(n, device, V)
+    sizes = [len(chunk) for chunk in torch.empty(n).split(rows)]
+    assert max(sizes) <= most
+    assert len(sizes) == math.ceil(n / most)
+    assert max(sizes) - min(sizes) < len(sizes)  # all full but the last, which lacks less than a row of each
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept_for_backward():

@@ -48,7 +48,7 @@ def levers() -> list[str]:
     rows = {
         "4-bit base | weights": (weights, plain.weights),
         "activation checkpointing | activations": (plain.activations, checkpointed.activations),
-        "head and loss in chunks, always | logits and their gradient": (N * V * 2 * 4, chunk_rows("cuda") * V * 2),
+        "head and loss in chunks, always | logits and their gradient": (N * V * 2 * 4, chunk_rows(N, "cuda") * V * 2),
         "8-bit AdamW, not offered | moments of the adapter": (plain.moments, plain.moments / 4),
     }
     return [f"| {start} | {before / 1e9:.2f} GB | {after / 1e9:.2f} GB |" for start, (before, after) in rows.items()]

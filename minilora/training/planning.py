@@ -159,7 +159,7 @@ def _adapted_projections(model: nn.Module, names: tuple[str, ...] = ("",)) -> di
 def transient(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that come and go at the peak, beside the activations: at the head, or in the backward of the last MLP."""
     sizes, d = model.config, model.lm_head.weight.element_size()
-    rows, gpu = min(chunk_rows(device, sizes.vocab_size), batch.targets), torch.device(device).type != "cpu"
+    rows, gpu = chunk_rows(batch.targets, device, sizes.vocab_size), torch.device(device).type != "cpu"
     # Logits become their own gradient; where they are not in float32 a CPU has a copy that is. Beside them lies all of dX.
     logits = rows * sizes.vocab_size * (d if d == 4 or gpu else d + 4) + (batch.tokens + rows) * sizes.hidden_size * d
     if config.gradient_checkpointing:  # the head is done before the last layer is computed again
@@ -202,7 +202,7 @@ def calibrate(model: nn.Module, batch: Batch, device: str = "cpu", quantize: str
         model, quantize: as in memory.
         batch: one of the run's; its T decides how much of the work is attention's, and its B how much products are at once.
     """
-    return Rates(*_layer_rates(model, batch, device, quantize), _head_rate(model, device))
+    return Rates(*_layer_rates(model, batch, device, quantize), _head_rate(model, batch.targets, device))
 
 
 def _layer_rates(model: nn.Module, batch: Batch, device: str, quantize: str | None) -> tuple[float, float]:
@@ -219,9 +219,9 @@ def _layer_rates(model: nn.Module, batch: Batch, device: str, quantize: str | No
     return layer_flops(model, batch) / L / both, forward_flops(model, batch) / L / alone
 
 
-def _head_rate(model: nn.Module, device: str) -> float:
+def _head_rate(model: nn.Module, targets: int, device: str) -> float:
     head = _made_real(model.lm_head, device, None).requires_grad_(False)
-    rows = chunk_rows(device, len(head.weight))
+    rows = chunk_rows(targets, device, len(head.weight))
     x = torch.randn(rows, model.config.hidden_size, dtype=head.weight.dtype, device=device, requires_grad=True)
     labels = torch.zeros(rows, dtype=torch.long, device=device)
     return head_flops(model, rows) / _time(lambda: head_cross_entropy(head, x, labels).backward(), device)
