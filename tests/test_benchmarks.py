@@ -138,7 +138,7 @@ def test_the_static_benchmark_counts_what_elementwise_operations_move(name):
 
 def test_a_compiled_step_is_held_to_the_plain_one(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
-    row = bench_compiled.measure(Case("tiny", 16), rounds=1, backend="aot_eager")
+    row = bench_compiled.measure(Case("tiny", 16), rounds=1, how={"backend": "aot_eager"})
     assert row["error"] < 1e-6
     assert row["compiled_over_eager"] == row["seconds_compiled"] / row["seconds_eager"]
 
