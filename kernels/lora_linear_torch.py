@@ -56,7 +56,7 @@ def gemm(
     """Y (M, N) in X's dtype."""
     Y = product(X, W, bias)
     if mask is not None:
-        return Y.add_(_dropped(S @ U.to(X.dtype).T, mask))
+        return Y.addcmul_(S @ U.to(X.dtype).T, mask.view(torch.int8))
     for (start, stop), S_g, U_g in per_slice(slices, S, U.to(X.dtype)):
         Y[:, start:stop].addmm_(S_g, U_g.T)
     return Y
