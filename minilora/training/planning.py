@@ -41,10 +41,10 @@ from minilora.kernels.nf4_tensor import NF4Tensor
 from minilora.training.config import TrainConfig
 from minilora.training.loop import total_steps
 
-# glibc's heap keeps holes between tensors, about a third of what all layers would keep, with checkpointing too: measured on the
-# demo's model at 4 × 128 tokens, 110 MB beside 358, and with checkpointing 164. With this variable at 65536 in the environment,
-# each tensor has pages of its own, and there are none.
-HOLES = 0.35
+# glibc's heap keeps holes between tensors, as shares of what all layers would keep: measured on the demo's model at 4 × 128
+# tokens, where that is 358 MB, 48 MB, and 112 with checkpointing. With this variable at 65536 in the environment, each tensor has
+# pages of its own, and there are none.
+HOLES, HOLES_CHECKPOINTED = 0.15, 0.3
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 REMADE = ("qkv_proj", "gate_up_proj", "down_proj")  # what these read is not kept but made again (kernels.remade)
 CALIBRATED = 512  # tokens that the layer is timed with, at most; beyond, a product takes its time by the token
@@ -108,13 +108,14 @@ def memory(model: nn.Module, batch: Batch, config: TrainConfig, device: str = "c
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     adapter = sum(parameter.nbytes for parameter in trained)
     heap = torch.device(device).type == "cpu" and THRESHOLD not in os.environ
+    share = HOLES_CHECKPOINTED if config.gradient_checkpointing else HOLES
     return Memory(
         weights=sum(_stored(weight, quantize and name.endswith("_proj.weight")) for name, weight in frozen.items()),
         adapter=adapter,
         gradients=adapter,
         moments=2 * adapter,
         activations=kept(model, batch, config, device),
-        holes=round(HOLES * kept(model, batch, replace(config, gradient_checkpointing=False), device)) if heap else 0,
+        holes=round(share * kept(model, batch, replace(config, gradient_checkpointing=False), device)) if heap else 0,
         transient=transient(model, batch, config, device),
     )
 
