@@ -90,7 +90,7 @@ class Problem:
         inputs = [self.x, self.lora_A, self.lora_B]
         double = [t.detach().double().requires_grad_() for t in inputs]
         expected = lora_linear_reference(double[0], self.weight.double(), double[1], double[2], SCALING)
-        expected = [expected, *torch.autograd.grad(expected, double, self.dy.double())]
+        expected = [expected.detach(), *torch.autograd.grad(expected, double, self.dy.double())]
         y = getattr(self, way)()
         found = [y.detach(), *torch.autograd.grad(y, inputs, self.dy, materialize_grads=True)]
         self.dropout = kept
