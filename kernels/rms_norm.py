@@ -32,7 +32,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def forward(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, ρ) in PyTorch, in the memory of y: fresh pages cost a CPU more than the arithmetic."""
     wide = _at_least_float32(h)
-    y = torch.square(wide, out=with_slack(wide, wide.shape))
+    y = torch.square(wide, out=with_slack(wide))
     rho = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # (…, 1)
     return torch.mul(wide, rho, out=y).to(h.dtype).mul_(weight), rho
 

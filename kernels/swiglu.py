@@ -26,7 +26,7 @@ def swiglu_reference(packed: Tensor) -> Tensor:
 def forward(packed: Tensor) -> Tensor:
     """y in PyTorch."""
     gate, up = packed.chunk(2, dim=-1)
-    return torch.ops.aten.silu.out(gate, out=with_slack(gate, gate.shape)).mul_(up)
+    return torch.ops.aten.silu.out(gate, out=with_slack(gate)).mul_(up)
 
 
 def backward(dy: Tensor, packed: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def test_other_devices_get_memory_of_the_moment():
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 700)])
 def test_a_tensor_with_slack_is_one_like_any_other(shape):
-    tensor = with_slack(torch.empty(0, dtype=torch.float64), shape)
+    tensor = with_slack(torch.empty(shape, dtype=torch.float64))
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, torch.float64, True)
     assert tensor.untyped_storage().nbytes() <= 8 * (tensor.numel() * 257 / 256 + 64)
 
@@ -62,9 +62,9 @@ def test_what_stays_lies_where_a_tensor_with_slack_was(n):
 import torch
 from minilora.kernels.scratch import with_slack
 
-addresses, stay = [], []
+like, addresses, stay = torch.empty({n}), [], []
 for _ in range(50):
-    soon_freed = with_slack(torch.empty(0), ({n},))
+    soon_freed = with_slack(like)
     stay.append(torch.empty({n}))
     addresses.append(stay[-1].data_ptr())
     del soon_freed
