@@ -203,6 +203,8 @@ def test_the_table_of_other_libraries_is_that_of_the_committed_comparison():
         cells.append(f"{first['bytes_installed'] / 1e6:,.0f} MB")
         assert f"| {library} | {' | '.join(map(str, cells))} |" in README
     ours = next(iter(libraries))
+    smallest = [rows[library, "4 layers", 64, 0.0]["wall_seconds"] for library in (ours, "loralib layers")]
+    assert "takes {:.3f} s here and {:.3f} s with loralib layers".format(*smallest) in README
     for (library, *case), row in rows.items():  # what README says of them, and only of these models
         if row["model"] in ("small", "slice") and library != ours:
             assert row["wall_seconds"] > rows[ours, *case]["wall_seconds"]
