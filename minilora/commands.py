@@ -75,7 +75,7 @@ def train(args: Namespace) -> None:
     make = partial(_adapted, args, run)
     model = in_turn(make) if run.fsdp else make()
     if checkpoint:
-        print(f"resumed from {checkpoint}")
+        print(f"going on from {checkpoint}")
     base = args.model
     if rank() == 0:
         given_up = () if checkpoint else (*find_checkpoints(output), output / "base")  # by overwrite_output_dir

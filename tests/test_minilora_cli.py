@@ -344,7 +344,7 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on_to_the_same_bytes(
     assert "--resume" in said
     assert "Traceback" not in said
     assert main([*map(str, stopped), "--resume"]) == 0
-    assert f"resumed from {tmp_path / 'stopped' / 'checkpoint-3'}" in capsys.readouterr().out
+    assert f"going on from {tmp_path / 'stopped' / 'checkpoint-3'}" in capsys.readouterr().out
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "stopped")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 

@@ -27,8 +27,9 @@ class Library(NamedTuple):
 
 
 TORCH = ["torch==2.13.0", "safetensors==0.8.0"]  # safetensors holds the weights
+TRITON = "triton==3.7.1"  # the one that torch 2.13.0 with CUDA asks for, as constraints.txt has it; newer ones are larger
 LIBRARIES = {  # by their modules in this folder
-    "ours": Library("minilora", [*TORCH, "{minilora}"]),
+    "ours": Library("minilora", [*TORCH, TRITON, "{minilora}"]),
     "loralib_layers": Library("loralib layers", [*TORCH, "numpy==2.4.6", "loralib==0.1.2"]),  # safetensors writes with numpy
     "transformers_peft": Library("transformers + peft", [*TORCH, "transformers==5.23.0", "peft==0.21.2"]),
     "litgpt_lora": Library("litgpt", [*TORCH, "litgpt==0.5.13"]),

@@ -84,7 +84,7 @@ def too_long(conversations: Sequence[Conversation], examples: Sequence[Example],
     lengths = [(conversation.source, len(example.ids)) for conversation, example in zip(conversations, examples, strict=True)]
     found = [f"{source}: {length} tokens" for source, length in lengths if length > max_length]
     count = f"{len(found)} of {len(examples)} conversations are longer than {max_length} tokens, and none is cut: "
-    return [count + "raise the limit, shorten them, or choose to leave them out", *found] if found else []
+    return [count + "raise the limit, shorten them, or leave them out (--drop-long)", *found] if found else []
 
 
 def count_targets(examples: Sequence[Example]) -> int:
