@@ -12,11 +12,8 @@ import time
 import torch
 from torch import nn
 
-import minilora as lora
 from benchmarks import protocol
-from benchmarks.peers.case import ALPHA, MODELS, SEED, Case, write_checkpoint
-from benchmarks.peers.side import TARGETS
-from minilora import phi3
+from benchmarks.peers.case import SEED, Case, make
 
 CASES = (Case("small"), Case("slice"), Case("slice", dropout=0.05))
 ROUNDS = 5
@@ -36,11 +33,7 @@ def measure(case: Case, rounds: int = ROUNDS, how: dict = INDUCTOR) -> dict:
     Args:
         how: torch.compile's backend and options.
     """
-    torch.manual_seed(SEED)
-    model = phi3.load(write_checkpoint(case.model)).train()
-    lora.inject(model, lora.LoraConfig(case.r, ALPHA, case.dropout, target_modules=list(TARGETS)))
-    lora.mark_only_lora_as_trainable(model)
-    ids = torch.randint(3, MODELS[case.model].vocab_size, (case.batch, case.tokens))
+    model, ids = make(case)
     ways = {"eager": model, "compiled": torch.compile(model, fullgraph=True, **how)}
     first = {name: step(way, model, ids) for name, way in ways.items()}
     seconds = {name: [] for name in ways}

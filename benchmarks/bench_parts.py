@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import minilora as lora
 from benchmarks import protocol
-from benchmarks.peers.case import ALPHA, MODELS, SEED, Case, write_checkpoint
+from benchmarks.peers.case import MODELS, Case, make, write_checkpoint
 from benchmarks.peers.floor import Floor
-from benchmarks.peers.side import TARGETS, read_config
-from minilora import phi3
+from benchmarks.peers.side import read_config
 from minilora.adapters.layers import adapted_layers
 from minilora.kernels import arithmetic, lora_linear_torch
 from minilora.kernels.rms_norm import add_rms_norm
@@ -42,15 +40,10 @@ def main() -> None:
 
 def measure(case: Case, rounds: int = ROUNDS) -> dict:
     """Seconds of the step, of its frozen products and of each other part, and these over the products."""
-    torch.manual_seed(SEED)
     torch.set_num_threads(case.threads)
-    folder, sizes = str(write_checkpoint(case.model)), MODELS[case.model]
     keep_freed_memory()  # as lora.train does
-    model = phi3.load(folder).train()
-    lora.inject(model, lora.LoraConfig(case.r, ALPHA, case.dropout, target_modules=list(TARGETS)))
-    lora.mark_only_lora_as_trainable(model)
-    ids = torch.randint(3, sizes.vocab_size, (case.batch, case.tokens))
-    floor = Floor(read_config(folder), case.batch, case.tokens)
+    (model, ids), sizes = make(case), MODELS[case.model]
+    floor = Floor(read_config(str(write_checkpoint(case.model))), case.batch, case.tokens)
     runs = {"step": step_of(model, ids), BFLOAT16: step_of(rounded(model), ids), "frozen products": lambda: floor.seconds()[0]}
     whole = set(runs)
     runs |= {name: _clocked(run) for name, run in parts(sizes, case).items()}

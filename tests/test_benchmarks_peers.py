@@ -193,3 +193,10 @@ def test_an_environment_that_cannot_be_made_is_a_row(pip):
     pythons, failed = bench_peers.environments()
     assert pythons == {}
     assert failed[3] == {"library": "litgpt", "failed": "pip: ERROR: no such version; ERROR: no matching distribution"}
+
+
+def test_ours_is_installed_with_the_versions_of_the_constraints():
+    constraints = (environments.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [requirement for requirement in environments.LIBRARIES["ours"].requirements if "==" in requirement]
+    assert not [requirement for requirement in pinned if requirement not in constraints]
+    assert any(requirement.startswith("triton==") for requirement in pinned)

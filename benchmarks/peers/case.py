@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+import minilora as lora
 from benchmarks.peers.environments import cache_folder
-from benchmarks.peers.side import layer_paths, read_config
+from benchmarks.peers.side import TARGETS, layer_paths, read_config
 from minilora import phi3
 from tests.helpers import tiny_config
 
@@ -56,6 +58,15 @@ def write_checkpoint(model: str) -> Path:
             torch.nn.init.normal_(parameter, mean, spread, generator=generator)
         phi3.save(made, folder)
     return folder
+
+
+def make(case: Case) -> tuple[phi3.Phi3ForCausalLM, Tensor]:
+    """Our model of a case in training mode, its base frozen, with adapters on all projections; and ids (B, T)."""
+    torch.manual_seed(SEED)
+    model = phi3.load(write_checkpoint(case.model)).train()
+    lora.inject(model, lora.LoraConfig(case.r, ALPHA, case.dropout, target_modules=list(TARGETS)))
+    lora.mark_only_lora_as_trainable(model)
+    return model, torch.randint(3, MODELS[case.model].vocab_size, (case.batch, case.tokens))
 
 
 def write_start(case: Case, folder: Path) -> Path:
